@@ -1,0 +1,140 @@
+"""The trained agent on disk: `adapter.safetensors` (gates and head, kilobytes) and `adapter.json` (everything else).
+
+`load_agent` puts an adapter back onto its base. Labels, base and shapes are checked; nothing is unpickled.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from so8t.base import BaseSpec, load_base, weights_digest
+from so8t.data.cache import PrefixCache
+from so8t.data.tokenise import Template
+from so8t.errors import ArtefactError
+from so8t.files import write_bytes, write_json
+from so8t.gates import GateSpec
+from so8t.labels import LABELS
+from so8t.model import Decisions, HeadSpec, SO8TModel
+
+FORMAT = 1
+
+
+def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
+    state = {**model.gates.state_dict(prefix="gates."), **model.head.state_dict(prefix="head.")}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def save_adapter(folder: Path, model: SO8TModel, template: Template, *, system_prompt: str | None) -> None:
+    """Writes both files, each atomically, the JSON last: an adapter with a JSON is whole."""
+    write_bytes(folder / "adapter.safetensors", save(_tensors(model)))
+    write_json(
+        folder / "adapter.json",
+        {
+            "format": FORMAT,
+            "labels": list(LABELS),
+            "base": dataclasses.asdict(model.base.spec),
+            "base_digest": weights_digest(model.base),
+            "gate": dataclasses.asdict(model.gates.spec),
+            "head": dataclasses.asdict(model.head.spec),
+            "template": {"system_prompt": system_prompt, "max_length": template.max_length},
+        },
+    )
+
+
+@dataclass
+class Agent:
+    """A loaded adapter on its base."""
+
+    model: SO8TModel
+    template: Template
+    folder: Path
+
+    @torch.no_grad()
+    def decide(self, request: str, context: str | None = None) -> Decisions:
+        """The decision on one request, one row."""
+        encoded = self.template.encode(request, context)
+        tokens = torch.tensor([encoded.tokens], device=self.model.base.device)
+        mask = torch.ones_like(tokens)
+        output = self.model(self.model.base.prefix(tokens, mask), mask)
+        return self.model.decide(output, torch.tensor([len(encoded.tokens) - 1], device=tokens.device))
+
+    @torch.no_grad()
+    def answer(self, request: str, context: str | None = None, *, max_new_tokens: int = 128) -> str:
+        """What the agent says behind all its gates: greedy, with the base's own `generate`."""
+        encoded = self.template.encode(request, context)
+        tokens = torch.tensor([encoded.tokens], device=self.model.base.device)
+        tokenizer = self.template.tokenizer
+        with self.model.task_path():
+            out = self.model.base.causal_lm.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.1,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return str(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter's folder: the one given, or `adapter/` in a run's.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    for place in (folder / "adapter", folder):
+        if (place / "adapter.json").is_file() and (place / "adapter.safetensors").is_file():
+            return place
+    raise ArtefactError(f"{folder}: no adapter here; give a run's folder, such as outputs/<date>/<time>, that has adapter/")
+
+
+def load_agent(run: Path, *, device: str | None = None) -> Agent:
+    """Loads base, gates and head of a run.
+
+    Raises:
+        ArtefactError: the adapter is missing, damaged, of other labels, or made for another base.
+    """
+    folder = find_adapter(Path(run))
+    try:
+        meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+        if tuple(meta["labels"]) != LABELS:
+            raise ArtefactError(f"{folder}: labels are {meta['labels']}, expected {list(LABELS)}")
+        base_spec = TypeAdapter(BaseSpec).validate_python(meta["base"])
+        gate = TypeAdapter(GateSpec).validate_python(meta["gate"])
+        head = TypeAdapter(HeadSpec).validate_python(meta["head"])
+        template_spec = meta["template"]
+        tensors = load((folder / "adapter.safetensors").read_bytes())
+    except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
+        raise ArtefactError(f"{folder}: the adapter is damaged: {str(error).splitlines()[0]}") from None
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(base_spec, cut=gate.top_layers, device=where)
+    if weights_digest(base) != meta["base_digest"] and torch.device(where).type == "cpu":
+        raise ArtefactError(
+            f"{folder}: was trained on another {base_spec.name} than the one loaded now (weights differ): "
+            "decisions would not be those that were measured"
+        )
+    model = SO8TModel(base, gate, head)
+    expected = _tensors(model)
+    odd = [
+        n
+        for n in expected.keys() | tensors.keys()
+        if n not in tensors or n not in expected or tensors[n].shape != expected[n].shape
+    ]
+    if odd:
+        raise ArtefactError(f"{folder}: tensors do not fit the settings in adapter.json: {', '.join(sorted(odd)[:4])}")
+    model.gates.load_state_dict({k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")})
+    model.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+    model.requires_grad_(False).eval()
+    template = Template(base.tokenizer, **template_spec)
+    return Agent(model, template, folder)
+
+
+def cache_for(agent: Agent) -> PrefixCache:
+    """A cache that keeps rows while one evaluation reads them twice (gates on, gates off)."""
+    return PrefixCache(agent.model.base, 2.0)

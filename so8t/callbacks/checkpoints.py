@@ -1,0 +1,34 @@
+"""Checkpoints by step, by minutes, and the best by validation macro-F1 under a false-allow ceiling."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+SELECTION = "val/selection"
+
+
+class BestUnderCeiling(ModelCheckpoint):
+    """Keeps the best by validation macro-F1 among those whose false-allow rate is at most `false_allow_ceiling`.
+
+    Logged as `val/selection`: macro-F1, or macro-F1 - 1 where the ceiling is broken, so that any candidate under the
+    ceiling beats any above it.
+    """
+
+    def __init__(self, false_allow_ceiling: float = 0.15, **checkpoint: Any):  # noqa: ANN401
+        super().__init__(monitor=SELECTION, mode="max", **checkpoint)
+        self.false_allow_ceiling = false_allow_ceiling
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Scores this validation, then lets Lightning decide what to keep."""
+        metrics = trainer.callback_metrics
+        if not trainer.sanity_checking and "val/macro_f1" in metrics:
+            score = float(metrics["val/macro_f1"])
+            rate = float(metrics.get("val/false_allow_rate", torch.tensor(float("nan"))))
+            if not rate <= self.false_allow_ceiling:  # NaN is no proof of being under it
+                score -= 1
+            metrics[SELECTION] = torch.tensor(score)
+            for logger in trainer.loggers:
+                logger.log_metrics({SELECTION: score}, step=trainer.global_step)
+        super().on_validation_end(trainer, pl_module)

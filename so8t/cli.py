@@ -1,0 +1,106 @@
+"""The `so8t` command: `ask` a trained run, `evaluate` it on any JSONL file."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from so8t.console import quieten, reported
+from so8t.errors import SO8TError
+from so8t.labels import LABELS, Label
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="so8t", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ask = commands.add_parser("ask", help="decide one request; on ALLOW the agent answers")
+    ask.add_argument("run", type=Path, help="a run's folder, such as outputs/2026-01-31/12-00-00")
+    ask.add_argument("request", help="the request, or - to read it from standard input")
+    ask.add_argument("--context", help="what the agent knows of the setting")
+    ask.add_argument("--max-new-tokens", type=int, default=128, help="length of the answer (default 128)")
+    ask.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    evaluate = commands.add_parser("evaluate", help="decide every row of a JSONL file and print the metrics")
+    evaluate.add_argument("run", type=Path, help="a run's folder")
+    evaluate.add_argument("--data", type=Path, required=True, help="JSONL file of records (user_request, safety_label)")
+    evaluate.add_argument("--out", type=Path, help="write one prediction a row, in the file's order (JSONL)")
+    evaluate.add_argument("--json", action="store_true", help="metrics as JSON on standard output")
+    evaluate.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
+    evaluate.add_argument("--batch-size", type=int, default=32)
+    return parser
+
+
+def _ask(args: argparse.Namespace) -> None:
+    from so8t.adapter import load_agent
+
+    request = sys.stdin.read() if args.request == "-" else args.request
+    if not request.strip():
+        raise SO8TError("the request is empty")
+    agent = load_agent(args.run)
+    decisions = agent.decide(request, args.context)
+    label = Label(int(decisions.labels[0]))
+    probabilities = {name: float(decisions.probabilities[0, k]) for k, name in enumerate(LABELS)}
+    answer = None
+    if label is Label.ALLOW:
+        answer = agent.answer(request, args.context, max_new_tokens=args.max_new_tokens)
+    if args.json:
+        out = {"user_request": request, "decision": label.name, "probabilities": probabilities, "answer": answer}
+        if bool(decisions.failed[0]):
+            out["failure"] = "a logit was not finite"
+        print(json.dumps(out, ensure_ascii=False))
+        return
+    console = Console(soft_wrap=True)
+    colour = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}[label]
+    console.print(f"[bold {colour}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items()))
+    if bool(decisions.failed[0]):
+        console.print("this is a failure (a logit was not finite), not a prediction")
+    if answer is not None:
+        console.print(escape(answer))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from so8t.adapter import cache_for, load_agent
+    from so8t.baselines import Baselines
+    from so8t.data.records import read_jsonl
+    from so8t.evaluation import evaluate, frozen_features, predict, print_evaluation, write_predictions
+
+    records, report = read_jsonl(args.data, on_bad_row=args.on_bad_row)
+    if args.out is not None and args.out.resolve() == args.data.resolve():
+        raise SO8TError(f"--out {args.out} would overwrite the data")
+    if args.out is not None and args.out.is_dir():
+        raise SO8TError(f"--out {args.out} is a folder: name a file")
+    agent = load_agent(args.run)
+    cache = cache_for(agent)
+    size = {"batch_size": args.batch_size, "cache": cache}
+    title = "" if args.json else args.data.name
+    predictions = predict(agent.model, records, agent.template, title=title, **size)
+    folder = agent.folder.parent / "baselines"
+    baselines = Baselines.load(folder) if folder.is_dir() else None
+    features = frozen_features(agent.model, records, agent.template, title=title, **size) if baselines else None
+    result = evaluate(args.data.name, records, predictions, baselines, features)
+    if args.out is not None:
+        write_predictions(args.out, records, predictions)
+    if args.json:
+        print(json.dumps({**result.as_json(), "bad_rows": report.skipped}, ensure_ascii=False))
+        return
+    console = Console()
+    for line in report.skipped:
+        console.print(f"left out: {escape(line)}")
+    print_evaluation(result, console)
+    if args.out is not None:
+        console.print(f"predictions: {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    args = _parser().parse_args(argv)
+    with reported():
+        quieten()
+        {"ask": _ask, "evaluate": _evaluate}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The composed configuration, validated once before anything is loaded; after this it is trusted.
+
+Every section is the spec of the room that reads it. Unknown keys, wrong types and impossible values are one-line errors.
+"""
+
+import importlib
+import inspect
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from so8t.base import BaseSpec
+from so8t.data.datamodule import DataSpec
+from so8t.errors import ConfigError
+from so8t.gates import GateSpec
+from so8t.lightning_module import LossSpec
+from so8t.model import HeadSpec
+from so8t.optim import OptimSpec
+from so8t.pet import PetSpec
+from so8t.specs import Count, Positive, spec
+
+Node = dict[str, Any]
+"""A section that Hydra instantiates: `_target_` and its arguments, checked against the signature."""
+
+
+@spec
+class HwSpec:
+    """A hardware profile: `+hw=rtx3060` and others. `memory_budget_gib` is what a run may use of the card."""
+
+    name: str
+    accelerator: str
+    memory_gib: Positive
+    memory_budget_gib: Positive
+    checkpoint_suffix: bool = False
+
+
+@spec
+class PathsSpec:
+    """Where a run writes."""
+
+    output_dir: str
+
+
+@spec
+class Config:
+    """Everything `train.py` reads."""
+
+    base: BaseSpec
+    gate: GateSpec
+    head: HeadSpec
+    pet: PetSpec
+    loss: LossSpec
+    optim: OptimSpec
+    data: DataSpec
+    paths: PathsSpec
+    trainer: Node
+    callbacks: dict[str, Node]
+    logger: dict[str, Node]
+    seed: Count = 0
+    evaluate: bool = True
+    ckpt_path: str | None = None
+    objective: str = "val/macro_f1"
+    tags: tuple[str, ...] = ()
+    hw: HwSpec | None = None
+
+
+def validate(composed: DictConfig) -> Config:
+    """Turns a composed configuration into specs.
+
+    Raises:
+        ConfigError: with every problem on one line.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"configuration: {str(error).splitlines()[0]}") from None
+    try:
+        config = TypeAdapter(Config).validate_python(plain)
+    except ValidationError as error:
+        raise ConfigError("configuration: " + "; ".join(_explain(e) for e in error.errors()[:6])) from None
+    for path, node in [("trainer", config.trainer)] + [
+        (f"{group}.{name}", node) for group in ("callbacks", "logger") for name, node in getattr(config, group).items()
+    ]:
+        _check_node(path, node)
+    _check_together(config)
+    return config
+
+
+def _explain(error: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
+    where = ".".join(str(part) for part in error["loc"] if part not in ("tagged-union",))
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{where}: unknown key"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{where}: missing"
+    return f"{where}={error['input']!r:.60}: {error['msg']}"
+
+
+def _check_node(path: str, node: Node) -> None:
+    """The target can be imported and takes these keys."""
+    target = node.get("_target_")
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"configuration: {path}._target_ must name a class, got {target!r}")
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ConfigError(f"configuration: {path}._target_: there is no {target}") from None
+    takes: set[str] = set()
+    for kind in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
+        parameters = inspect.signature(kind).parameters if kind is not object else {}
+        takes |= set(parameters)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            break
+    unknown = sorted(k for k in node if not k.startswith("_") and k not in takes)
+    if unknown:
+        raise ConfigError(f"configuration: {', '.join(f'{path}.{k}' for k in unknown)}: unknown key of {target}")
+
+
+def _check_together(config: Config) -> None:
+    """Combinations that no single section can judge."""
+    problems = []
+    gate, loss, pet, data = config.gate, config.loss, config.pet, config.data
+    if pet.exploration_end > pet.transition_end:
+        problems.append(f"pet.exploration_end={pet.exploration_end} is after pet.transition_end={pet.transition_end}")
+    if data.val_fraction + data.test_fraction >= 1:
+        problems.append("data.val_fraction + data.test_fraction leave nothing to train on")
+    if not loss.safety_weight and not loss.cost_weight:
+        problems.append("loss.safety_weight and loss.cost_weight are both 0: nothing teaches the head")
+    if gate.interior == "both" and not gate.last and loss.task_weight:
+        problems.append("gate.last=false leaves no R_cmd for the task loss: set loss.task_weight=0")
+    if config.base.source == "hub" and not config.base.model_id:
+        problems.append("base.model_id is empty")
+    if config.base.source == "random" and config.base.hidden_size % 8:
+        problems.append(f"base.hidden_size={config.base.hidden_size} is not a multiple of 8")
+    if problems:
+        raise ConfigError("configuration: " + "; ".join(problems))

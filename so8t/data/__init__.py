@@ -1,0 +1,1 @@
+"""Records, sources, splits, tokenisation and the LightningDataModule."""

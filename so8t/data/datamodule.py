@@ -1,0 +1,316 @@
+"""The LightningDataModule: sources -> splits -> tokens -> batches of similar length."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from so8t.data.records import OnBadRow, Record, read_jsonl
+from so8t.data.sources import SourceSpec, load_sources
+from so8t.data.splits import near_duplicates, split_by_group
+from so8t.data.tokenise import Template
+from so8t.errors import DataError
+from so8t.labels import LABELS
+from so8t.losses import IGNORE
+from so8t.specs import Count, NotNegative, PositiveInt, ProperFraction, spec
+
+log = logging.getLogger(__name__)
+
+
+@spec
+class DataSpec:
+    """What `conf/data` says.
+
+    `holdout_sources` are never trained on: they are the unseen test. `task_rows` language-model sequences go with each
+    batch. `cache_gib` bounds the memory of the prefix cache.
+    """
+
+    sources: dict[str, SourceSpec]
+    holdout_sources: tuple[str, ...] = ()
+    path: str | None = None
+    val_path: str | None = None
+    test_path: str | None = None
+    on_bad_row: OnBadRow = "error"
+    val_fraction: ProperFraction = 0.1
+    test_fraction: ProperFraction = 0.15
+    split_seed: Count = 0
+    system_prompt: str | None = None
+    max_length: PositiveInt = 160
+    batch_size: PositiveInt = 16
+    eval_batch_size: PositiveInt = 32
+    task_rows: Count = 2
+    cache_gib: NotNegative = 2.0
+
+
+@dataclass
+class TaskBatch:
+    """Language-model sequences: `tokens`, `mask` and shifted `targets`, each `[M, T]`."""
+
+    tokens: Tensor
+    mask: Tensor
+    targets: Tensor
+
+
+@dataclass
+class Batch:
+    """Right-padded prompts. `path` marks the tokens PET runs over, `position` the decision; `rows` are row numbers."""
+
+    tokens: Tensor
+    mask: Tensor
+    path: Tensor
+    position: Tensor
+    labels: Tensor
+    weights: Tensor
+    rows: Tensor
+    task: TaskBatch | None = None
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Right-pads: tokens and mask, `[B, T]` each."""
+    length = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), length), value, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return tokens, mask
+
+
+class RecordDataset(Dataset[Batch]):
+    """Encoded records; indexed by a list of row numbers it gives a whole batch."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        template: Template,
+        *,
+        weights: dict[str, float] | None = None,
+        task_rows: int = 0,
+        answer_in_path: bool = False,
+    ):
+        self.records = list(records)
+        self.template = template
+        self.task_rows = task_rows
+        self.weights = weights or {}
+        self.encoded = [template.encode(r.user_request, r.context) for r in self.records]
+        self.sequences: list[tuple[int, ...]] = []
+        self.paths: list[list[tuple[int, int]]] = []
+        for record, prompt in zip(self.records, self.encoded, strict=True):
+            answer: tuple[int, ...] = ()
+            if answer_in_path and record.task_output:
+                target = template.encode_target(record, record.task_output, rationale=False)
+                answer = target.tokens[target.start : -1]
+            end = len(prompt.tokens)
+            self.sequences.append(prompt.tokens + answer)
+            self.paths.append([prompt.span, (end, end + len(answer))])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def length(self, row: int) -> int:
+        """Tokens of a row's sequence."""
+        return len(self.sequences[row])
+
+    def __getitem__(self, rows: list[int]) -> Batch:  # type: ignore[override]
+        tokens, mask = pad_rows([self.sequences[i] for i in rows], self._pad)
+        path = torch.zeros_like(mask, dtype=torch.bool)
+        for k, i in enumerate(rows):
+            for begin, end in self.paths[i]:
+                path[k, begin:end] = True
+        records = [self.records[i] for i in rows]
+        return Batch(
+            tokens=tokens,
+            mask=mask,
+            path=path,
+            position=torch.tensor([len(self.encoded[i].tokens) - 1 for i in rows]),
+            labels=torch.tensor([int(r.safety_label) for r in records]),
+            weights=torch.tensor([self.weights.get(r.source, 1.0) for r in records]),
+            rows=torch.tensor(rows),
+            task=self._task(rows),
+        )
+
+    @property
+    def _pad(self) -> int:
+        return int(self.template.tokenizer.pad_token_id or 0)
+
+    def _task(self, rows: list[int]) -> TaskBatch | None:
+        """A few answers and rationales of this batch's rows, drawn by the batch itself: no shared random state."""
+        targets = [(i, False) for i in rows if self.records[i].task_output]
+        targets += [(i, True) for i in rows if self.records[i].safety_rationale]
+        if not targets or not self.task_rows:
+            return None
+        # a string seeds through SHA-512, so the draw is the same in every process
+        chosen = random.Random(str(rows)).sample(targets, min(self.task_rows, len(targets)))  # noqa: S311
+        encoded = []
+        for i, rationale in chosen:
+            record = self.records[i]
+            text = record.safety_rationale if rationale else record.task_output
+            encoded.append(self.template.encode_target(record, text or "", rationale=rationale))
+        tokens, mask = pad_rows([e.tokens for e in encoded], self._pad)
+        shifted = torch.full_like(tokens, IGNORE)
+        for k, e in enumerate(encoded):
+            shifted[k, e.start - 1 : len(e.tokens) - 1] = tokens[k, e.start : len(e.tokens)]
+        return TaskBatch(tokens, mask, shifted)
+
+
+class LengthSampler(Sampler[list[int]]):
+    """Batches of rows of similar length in random order, the same on every machine for a seed and an epoch.
+
+    With several processes each takes every `world`-th batch, and all get the same number.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, *, seed: int, shuffle: bool, rank: int = 0, world: int = 1):
+        self.lengths, self.size, self.seed, self.shuffle = list(lengths), size, seed, shuffle
+        self.rank, self.world, self.epoch = rank, world, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def _batches(self) -> list[list[int]]:
+        rows = list(range(len(self.lengths)))
+        rng = random.Random(f"{self.seed}-{self.epoch}")  # noqa: S311
+        if self.shuffle:
+            rng.shuffle(rows)
+            pool = self.size * 16  # sort within pools: similar lengths, still random company
+            rows = [i for k in range(0, len(rows), pool) for i in sorted(rows[k : k + pool], key=self.lengths.__getitem__)]
+        else:
+            rows.sort(key=self.lengths.__getitem__)
+        batches = [rows[k : k + self.size] for k in range(0, len(rows), self.size)]
+        if self.shuffle:
+            rng.shuffle(batches)
+        if self.world > 1:
+            while len(batches) % self.world:
+                batches.append(batches[len(batches) % self.world - 1])
+        return batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches()[self.rank :: self.world])
+
+    def __len__(self) -> int:
+        batches = -(-len(self.lengths) // self.size)
+        return -(-batches // self.world)
+
+
+class SafetyData(L.LightningDataModule):
+    """Everything a run trains and is tested on. `test` comes from the same sources as `train`; `unseen` does not.
+
+    Raises:
+        DataError: a split is empty, a held-out source is unknown, or a given file overlaps with the training rows.
+    """
+
+    def __init__(self, spec: DataSpec, *, seed: int, answer_in_path: bool = False):
+        super().__init__()
+        self.spec = spec
+        self.seed = seed
+        self.answer_in_path = answer_in_path
+        self._template: Template | None = None
+        self.train: list[Record] = []
+        self.val: list[Record] = []
+        self.test: list[Record] = []
+        self.unseen: list[Record] = []
+        self.missing: list[str] = []
+        self.skipped: dict[str, int] = {}
+
+    @property
+    def template(self) -> Template:
+        """How requests become tokens; known once `use_tokenizer` was called."""
+        if self._template is None:
+            raise DataError("call use_tokenizer(base.tokenizer) before asking for batches")
+        return self._template
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Reading and splitting need no tokenizer, so that bad data is told before a base is loaded."""
+        self._template = Template(tokenizer, system_prompt=self.spec.system_prompt, max_length=self.spec.max_length)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and splits; a second call changes nothing."""
+        if self.train:
+            return
+        unknown = set(self.spec.holdout_sources) - set(self.spec.sources)
+        if unknown:
+            raise DataError(
+                f"data.holdout_sources: {', '.join(sorted(unknown))} not among data.sources ({', '.join(self.spec.sources)})"
+            )
+        loaded, self.missing = load_sources(self.spec.sources, on_bad_row=self.spec.on_bad_row)
+        self.skipped = {name: part.skipped for name, part in loaded.items() if part.skipped}
+        held = set(self.spec.holdout_sources)
+        seen = [r for name, part in loaded.items() if name not in held for r in part.records]
+        self.unseen = [r for name, part in loaded.items() if name in held for r in part.records]
+        if not seen:
+            raise DataError("data.holdout_sources leaves no source to train on")
+        given = {"val": self.spec.val_path, "test": self.spec.test_path}
+        split = split_by_group(
+            seen,
+            val=0.0 if given["val"] else self.spec.val_fraction,
+            test=0.0 if given["test"] else self.spec.test_fraction,
+            seed=self.spec.split_seed,
+        )
+        self.train, self.val, self.test = ([seen[i] for i in part] for part in (split.train, split.val, split.test))
+        for part, path in given.items():
+            if path:
+                rows, _ = read_jsonl(path, on_bad_row=self.spec.on_bad_row)
+                setattr(self, part, rows)
+        # rows of a set that is called unseen (or of a file given as a test) must not have a near twin in training
+        for part in ("unseen", *(p for p, path in given.items() if path)):
+            setattr(self, part, self._without_overlap(part, getattr(self, part)))
+        for part in ("train", "val", "test"):
+            if not getattr(self, part):
+                raise DataError(f"the {part} split has no rows ({len(seen)} in all): give more rows or other fractions")
+        absent = [name for k, name in enumerate(LABELS) if all(r.safety_label != k for r in self.train)]
+        if absent:
+            log.warning("no training rows for %s: the head cannot learn it", ", ".join(absent))
+
+    def _without_overlap(self, part: str, rows: list[Record]) -> list[Record]:
+        texts = [r.user_request for r in self.train] + [r.user_request for r in rows]
+        edge = len(self.train)
+        leaking = {j - edge for i, j in near_duplicates(texts) if i < edge <= j}
+        if leaking:
+            log.warning("%s: %d rows are near-duplicates of training rows and are left out", part, len(leaking))
+            self.skipped[f"{part} (near-duplicates of training rows)"] = len(leaking)
+        return [r for k, r in enumerate(rows) if k not in leaking]
+
+    def describe(self) -> dict[str, dict[str, int]]:
+        """Rows by split and `source/label`."""
+        return {
+            part: dict(sorted(Counter(f"{r.source}/{r.safety_label.name}" for r in getattr(self, part)).items()))
+            for part in ("train", "val", "test", "unseen")
+        }
+
+    def _loader(self, records: list[Record], *, shuffle: bool) -> DataLoader[Batch]:
+        dataset = RecordDataset(
+            records,
+            self.template,
+            weights={name: s.weight for name, s in self.spec.sources.items()},
+            task_rows=self.spec.task_rows,
+            answer_in_path=self.answer_in_path,
+        )
+        trainer = self.trainer
+        sampler = LengthSampler(
+            [dataset.length(i) for i in range(len(dataset))],
+            self.spec.batch_size if shuffle else self.spec.eval_batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+        )
+        return DataLoader(dataset, batch_size=None, sampler=sampler)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of training rows."""
+        return self._loader(self.train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation rows."""
+        return self._loader(self.val, shuffle=False)
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """The mixed test split and, where sources are held out, the unseen ones."""
+        return [self._loader(rows, shuffle=False) for rows in (self.test, self.unseen) if rows]

@@ -1,0 +1,313 @@
+"""`SO8TModule`: one training step, its optimiser groups, and what goes into a checkpoint (never the base)."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from so8t.data.cache import PrefixCache
+from so8t.data.datamodule import Batch, TaskBatch
+from so8t.errors import ArtefactError, ConfigError
+from so8t.labels import LABELS
+from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, safety_loss
+from so8t.metrics import SafetyMetrics, flicker
+from so8t.model import SafetyOutput, SO8TModel, at_position
+from so8t.optim import OptimSpec, cosine_with_warmup
+from so8t.pet import GroupInertia, PetSpec, centred, temporal_consistency
+from so8t.specs import NotNegative, PositiveInt, ProperFraction, spec
+
+TEST_SETS = ("test", "unseen")
+
+
+@spec
+class LossSpec:
+    """What `conf/loss` says; a weight of 0 turns its term off. `costs[label][decision]`."""
+
+    safety_weight: NotNegative = 1.0
+    class_weights: tuple[NotNegative, ...] | Literal["balanced"] | None = "balanced"
+    focal_gamma: NotNegative = 0.0
+    label_smoothing: ProperFraction = 0.0
+    cost_weight: NotNegative = 0.5
+    costs: tuple[tuple[NotNegative, ...], ...] = ((0.0, 0.5, 1.0), (1.5, 0.0, 0.5), (3.0, 0.5, 0.0))
+    task_weight: NotNegative = 0.1
+    task_reaches: Literal["cmd", "all"] = "cmd"
+    task_chunk: PositiveInt = 256
+
+
+class _Means(nn.ModuleDict):
+    """Running means by name."""
+
+    def __getitem__(self, key: str) -> MeanMetric:
+        mean = super().__getitem__(key)
+        assert isinstance(mean, MeanMetric)
+        return mean
+
+
+class SO8TModule(L.LightningModule):
+    """Trains gates and head of one `SO8TModel`.
+
+    Args:
+        class_counts: training rows per label, for `loss.class_weights=balanced`.
+        cache_gib: how much of the prefix's output is kept in memory.
+
+    Raises:
+        ConfigError: a cost matrix or class weights of the wrong size, or nothing to train.
+    """
+
+    strict_loading = False
+    costs: Tensor
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        model: SO8TModel,
+        loss: LossSpec,
+        pet: PetSpec,
+        optim: OptimSpec,
+        *,
+        class_counts: tuple[int, ...],
+        cache_gib: float = 0.0,
+    ):
+        super().__init__()
+        n = len(LABELS)
+        if len(loss.costs) != n or any(len(row) != n for row in loss.costs):
+            raise ConfigError(f"loss.costs must be {n} rows of {n} numbers, one per label in the order {LABELS}")
+        self.model = model
+        self.loss_spec, self.pet_spec, self.optim_spec = loss, pet, optim
+        self.register_buffer("costs", torch.tensor(loss.costs))
+        self.register_buffer("class_weights", _class_weights(loss, class_counts))
+        self.inertia = GroupInertia(model.gates, pet.inertia_decay)
+        self.cache = PrefixCache(model.base, cache_gib)
+        self.val_metrics = SafetyMetrics()
+        self.test_metrics = SafetyMetrics()
+        self.unseen_metrics = SafetyMetrics()
+        self.means = _Means(
+            {f"{part}_{kind}": MeanMetric() for part in ("val", *TEST_SETS) for kind in ("lm", "flicker", "changes", "loss")}
+        )
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> SafetyOutput:
+        """Safety logits `[B, T, 3]` of a right-padded batch, through the cache and the gates."""
+        return self.model(self.cache.prefix(batch.tokens, batch.mask), batch.mask)
+
+    def task_loss(self, task: TaskBatch) -> tuple[Tensor, int]:
+        """Language-model loss of answers and rationales; by default only the last `R_cmd` is reached."""
+        frozen_side = self.loss_spec.task_reaches == "cmd"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_side):
+            hidden = self.model.base.prefix(task.tokens, task.mask)
+            safe = self.model.trunk(hidden, task.mask)[0]
+        return language_model_loss(safe, task.targets, self.model.task_logits, chunk=self.loss_spec.task_chunk)
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """How much of the planned optimiser steps is done, 0 to 1."""
+        return min(1.0, self.global_step / max(1, self.total_steps))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    def loss_terms(self, batch: Batch, output: SafetyOutput, progress: float) -> LossTerms:
+        """All weighted terms of one step."""
+        spec, pet = self.loss_spec, self.pet_spec
+        logits = at_position(output.logits, batch.position)
+        terms = LossTerms()
+        terms.add(
+            "safety",
+            safety_loss(
+                logits,
+                batch.labels,
+                class_weights=self.class_weights,
+                focal_gamma=spec.focal_gamma,
+                row_weights=batch.weights,
+                smoothing=spec.label_smoothing,
+            ),
+            spec.safety_weight,
+        )
+        if spec.cost_weight:
+            terms.add("cost", expected_cost(logits, batch.labels, self.costs), spec.cost_weight)
+        if pet.inertia_weight:
+            terms.add("inertia", self.inertia(self.model.gates), pet.inertia_weight)
+        if spec.task_weight and batch.task is not None:
+            terms.add("task", self.task_loss(batch.task)[0], spec.task_weight)
+        weight = pet.weight * pet.factor(progress)
+        if weight:
+            path = centred(output.logits) if pet.target == "logits" else output.safe_view
+            terms.add_capped("pet", temporal_consistency(path, batch.path, pet.penalty), weight, pet.max_share)
+        return terms
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch: the total loss, every term and its share logged."""
+        terms = self.loss_terms(batch, self(batch), self.progress)
+        total = terms.total()
+        if not torch.isfinite(total):
+            names = {name: float(v.detach()) for name, v in terms.terms.items()}
+            raise ConfigError(f"the loss is not finite at step {self.global_step}: {names}; lower optim.gate_lr or head_lr")
+        size = batch.labels.shape[0]
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{n}": v.detach() for n, v in terms.terms.items()}, batch_size=size)
+        self.log_dict({f"train/share_{n}": v for n, v in terms.shares().items()}, batch_size=size)
+        self.log("train/pet_phase", self.pet_spec.factor(self.progress), batch_size=size)
+        return total
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """One optimiser step; afterwards the inertia's averages follow the rotations."""
+        super().optimizer_step(*args, **kwargs)
+        self.inertia.update(self.model.gates)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, part: str, metrics: SafetyMetrics, batch: Batch) -> None:
+        output = self(batch)
+        decisions = self.model.decide(output, batch.position)
+        metrics.update(decisions.probabilities, decisions.labels, batch.labels, decisions.failed, decisions.unsure)
+        steadiness, changes = flicker(output.logits, batch.path)
+        self.means[f"{part}_flicker"].update(steadiness[~steadiness.isnan()])
+        self.means[f"{part}_changes"].update(changes[~changes.isnan()])
+        logits = at_position(output.logits, batch.position)
+        good = ~decisions.failed
+        if good.any():
+            loss = safety_loss(logits[good], batch.labels[good], class_weights=self.class_weights)
+            self.means[f"{part}_loss"].update(loss, weight=int(good.sum()))
+        if batch.task is not None and self.loss_spec.task_weight:
+            loss, count = self.task_loss(batch.task)
+            if count:
+                self.means[f"{part}_lm"].update(loss, weight=count)
+
+    def _results(self, part: str, metrics: SafetyMetrics) -> dict[str, float]:
+        results = metrics.compute()
+        for kind, name in (("flicker", "flicker"), ("changes", "decision_changes"), ("loss", "loss")):
+            mean = self.means[f"{part}_{kind}"]
+            if mean.update_called:
+                results[name] = float(mean.compute())
+        if self.means[f"{part}_lm"].update_called:
+            results["task_perplexity"] = float(self.means[f"{part}_lm"].compute().exp())
+        for kind in ("lm", "flicker", "changes", "loss"):
+            self.means[f"{part}_{kind}"].reset()
+        return results
+
+    def _metrics(self, part: str) -> SafetyMetrics:
+        return self.unseen_metrics if part == "unseen" else self.test_metrics
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the validation metrics."""
+        self._evaluate("val", self.val_metrics, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        results = self._results("val", self.val_metrics)
+        self.log_dict({f"val/{name}": value for name, value in results.items()})
+        self.val_metrics.reset()
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the metrics of the mixed test (first loader) or the unseen sources (second)."""
+        part = TEST_SETS[dataloader_idx]
+        self._evaluate(part, self._metrics(part), batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics of both sets."""
+        for part in TEST_SETS:
+            metrics = self._metrics(part)
+            if metrics.update_called:
+                results = self._results(part, metrics)
+                self.log_dict({f"{part}/{name}": value for name, value in results.items()})
+            metrics.reset()
+
+    # -- optimisation --------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by clip group. The task side is clipped on its own, or its norm would leak into the
+        safety side."""
+        return {
+            "gates_safe": self.model.gates.safety_parameters(),
+            "gates_cmd": self.model.gates.command_parameters(),
+            "head": list(self.model.head.parameters()),
+        }
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with two groups (gates, safety head), cosine schedule with warm-up, per optimiser step."""
+        spec, groups = self.optim_spec, self.parameter_groups()
+        wanted = [
+            {"name": "gates", "params": groups["gates_safe"] + groups["gates_cmd"], "lr": spec.gate_lr},
+            {"name": "head", "params": groups["head"], "lr": spec.head_lr},
+        ]
+        wanted = [
+            {**group, "weight_decay": spec.weight_decay if group["name"] == "head" else spec.gate_weight_decay}
+            for group in wanted
+            if group["params"]
+        ]
+        optimizer = torch.optim.AdamW(wanted, betas=spec.betas)
+        schedule = cosine_with_warmup(optimizer, warmup=spec.warmup_steps, total=self.total_steps, floor=spec.final_lr_fraction)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each group's norm by itself, and logs the norms before clipping."""
+        for name, parameters in self.parameter_groups().items():
+            if parameters and self.optim_spec.clip:
+                norm = nn.utils.clip_grad_norm_(parameters, self.optim_spec.clip)
+                self.log(f"grad_norm/{name}", norm)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]  # noqa: ANN401
+        """Gates, head and inertia averages only: kilobytes, whatever the base."""
+        state: dict[str, Tensor] = {}
+        for name, module in (("model.gates", self.model.gates), ("model.head", self.model.head), ("inertia", self.inertia)):
+            state.update(module.state_dict(prefix=f"{name}."))
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Loads what `state_dict` gave.
+
+        Raises:
+            ArtefactError: the checkpoint is of other gates, another head or another base size.
+        """
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            odd = sorted(own.keys() ^ state_dict.keys())[:4]
+            raise ArtefactError(f"the checkpoint does not fit this model: {', '.join(odd)}, ... differ (gate or head settings)")
+        for name, tensor in own.items():
+            if tensor.shape != state_dict[name].shape:
+                raise ArtefactError(
+                    f"the checkpoint does not fit: {name} is {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+            with torch.no_grad():
+                tensor.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Labels travel with every artefact."""
+        checkpoint["so8t_labels"] = list(LABELS)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose labels have another order."""
+        if tuple(checkpoint.get("so8t_labels", ())) != LABELS:
+            raise ArtefactError(f"the checkpoint's labels are {checkpoint.get('so8t_labels')}, expected {list(LABELS)}")
+
+
+def _class_weights(loss: LossSpec, counts: tuple[int, ...]) -> Tensor:
+    n = len(LABELS)
+    if loss.class_weights is None:
+        return torch.ones(n)
+    if loss.class_weights == "balanced":
+        filled = torch.tensor([max(1, c) for c in counts], dtype=torch.float32)
+        return filled.sum() / (n * filled)
+    if len(loss.class_weights) != n:
+        raise ConfigError(f"loss.class_weights must be {n} numbers, in the order {LABELS}")
+    return torch.tensor([float(w) for w in loss.class_weights])
+
+
+__all__ = ["IGNORE", "LossSpec", "SO8TModule"]

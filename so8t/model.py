@@ -1,0 +1,178 @@
+"""Base + gates + safety head: hidden states at the cut in, token-level safety logits and the task path out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from so8t.base import SplitBase
+from so8t.errors import ConfigError
+from so8t.gates import GateSet, GateSpec
+from so8t.labels import FAIL_CLOSED, LABELS
+from so8t.specs import ProperFraction, spec
+
+
+@spec
+class HeadSpec:
+    """What the safety head reads.
+
+    `reads`: layers above the cut whose output is read, 0 (the cut) to K, and `last` (the `R_safe` view of the final
+    norm). `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal.
+    """
+
+    reads: tuple[int | Literal["last"], ...] = ("last",)
+    pooling: Literal["token", "mean", "both"] = "token"
+    dropout: ProperFraction = 0.0
+    min_confidence: ProperFraction = 0.0
+
+
+@dataclass
+class SafetyOutput:
+    """`logits` `[B, T, 3]`; `safe_view` `[B, T, D]`, the state after `R_safe` that the task path goes on from."""
+
+    logits: Tensor
+    safe_view: Tensor
+
+
+@dataclass
+class Decisions:
+    """`probabilities` `[B, 3]`, `labels` `[B]`; `failed` rows could not be scored, `unsure` ones were under
+    `head.min_confidence`: both are ESCALATE."""
+
+    probabilities: Tensor
+    labels: Tensor
+    failed: Tensor
+    unsure: Tensor
+
+
+def causal_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of all real positions up to each one: `[B, T, D], [B, T] -> [B, T, D]`, in float32."""
+    weight = mask.float()[..., None]
+    return (x.float() * weight).cumsum(1) / weight.cumsum(1).clamp(min=1)
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Scales each vector to root mean square 1 (no weights): `[..., D] -> [..., D]`, in float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def at_position(x: Tensor, position: Tensor) -> Tensor:
+    """Picks one position a row: `[B, T, C], [B] -> [B, C]`."""
+    return x[torch.arange(x.shape[0], device=x.device), position]
+
+
+def decide(logits: Tensor, *, min_confidence: float = 0.0) -> Decisions:
+    """Logits at the decision position to decisions, failing closed: `[B, 3] ->`.
+
+    A row with a logit that is not finite is ESCALATE and `failed`; one whose largest probability is below
+    `min_confidence` is ESCALATE and `unsure`.
+    """
+    logits = logits.float()
+    failed = ~torch.isfinite(logits).all(-1)
+    probabilities = torch.where(failed[:, None], 1 / len(LABELS), logits.nan_to_num(0, 0, 0).softmax(-1))
+    top, labels = probabilities.max(-1)
+    unsure = ~failed & (top < min_confidence)
+    labels = torch.where(failed | unsure, int(FAIL_CLOSED), labels)
+    return Decisions(probabilities, labels, failed, unsure)
+
+
+class SafetyHead(nn.Module):
+    """One linear map from what it reads to three logits."""
+
+    def __init__(self, width: int, spec: HeadSpec):
+        super().__init__()
+        self.spec = spec
+        parts = len(spec.reads) * (2 if spec.pooling == "both" else 1)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.linear = nn.Linear(parts * width, len(LABELS))
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def features(self, reads: list[Tensor], mask: Tensor) -> Tensor:
+        """What the linear map sees: list of `[B, T, D]` and `[B, T]` to `[B, T, parts * D]`, float32."""
+        columns: list[Tensor] = []
+        for read in reads:
+            state = unit_rms(read)
+            if self.spec.pooling != "mean":
+                columns.append(state)
+            if self.spec.pooling != "token":
+                columns.append(unit_rms(causal_mean(state, mask)))
+        return torch.cat(columns, dim=-1)
+
+    def forward(self, reads: list[Tensor], mask: Tensor) -> Tensor:
+        """Token-level logits: list of `[B, T, D]` and `[B, T]` to `[B, T, 3]`."""
+        return self.linear(self.dropout(self.features(reads, mask)))
+
+
+class SO8TModel(nn.Module):
+    """A frozen base with gates in its suffix, a safety head on the `R_safe` view and the base's own lm_head behind
+    `R_cmd`.
+
+    Raises:
+        ConfigError: the head reads a layer that is not above the cut.
+    """
+
+    def __init__(self, base: SplitBase, gate: GateSpec, head: HeadSpec):
+        super().__init__()
+        bad = [r for r in head.reads if r != "last" and not 0 <= int(r) <= base.cut]
+        if bad or not head.reads:
+            raise ConfigError(f"head.reads={list(head.reads)}: choose 'last' and numbers from 0 to {base.cut}")
+        self.base = base
+        self.gates = GateSet(gate, base).to(base.device)
+        self.head = SafetyHead(base.hidden_size, head).to(base.device)
+        self.gates.attach(base)
+
+    def safety_side(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that decisions depend on: every gate but the last `R_cmd`, and the head."""
+        wanted = {id(p) for p in self.gates.safety_parameters()} | {id(p) for p in self.head.parameters()}
+        return ((name, p) for name, p in self.named_parameters() if id(p) in wanted)
+
+    def trunk(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """From the cut to the tap: `[B, T, D] ->` the safe view `[B, T, D]` and what the head reads."""
+        keep = tuple(int(r) for r in self.head.spec.reads if r != "last")
+        top, kept = self.base.suffix(hidden, mask, keep)
+        state = self.base.final_norm(top)
+        safe = self.gates.last.tap(state) if self.gates.last is not None else state
+        return safe, [safe if r == "last" else kept[int(r)] for r in self.head.spec.reads]
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> SafetyOutput:
+        """Safety pass from the prefix's output: `[B, T, D], [B, T] ->` logits `[B, T, 3]` and the safe view."""
+        safe, reads = self.trunk(hidden, mask)
+        return SafetyOutput(self.head(reads, mask), safe)
+
+    def decide(self, output: SafetyOutput, position: Tensor) -> Decisions:
+        """The decision at each row's last real prompt token."""
+        return decide(at_position(output.logits, position), min_confidence=self.head.spec.min_confidence)
+
+    def task_logits(self, safe_view: Tensor) -> Tensor:
+        """The task path: `R_cmd`, then the frozen lm_head: `[..., D] -> [..., V]`."""
+        state = self.gates.last.command(safe_view) if self.gates.last is not None else safe_view
+        return self.base.causal_lm.lm_head(state)
+
+    @contextmanager
+    def task_path(self) -> Iterator[None]:
+        """Inside, the base's own forward and `generate` run behind all gates, `R_cmd R_safe` included."""
+        if self.gates.last is None:
+            yield
+            return
+        last = self.gates.last
+        handle = self.base.decoder.norm.register_forward_hook(lambda _m, _i, out: last(out)[1])
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def without_gates(self) -> Iterator[None]:
+        """Inside, the base is what it was before any gate was attached."""
+        attached = self.gates.attached
+        self.gates.detach()
+        try:
+            yield
+        finally:
+            if attached:
+                self.gates.attach(self.base)

@@ -1,0 +1,150 @@
+"""The group SO(8): coordinates, the two maps from so(8), defects, and the rotation of activations.
+
+One rotation block is 28 numbers `a`, the strict upper triangle of a skew matrix `A` in so(8) (row by row). Maps are
+computed in float64; activations are rotated in float32. Column convention: `y = R x`, so a row-major activation is
+multiplied by `R^T`. This file knows torch and nothing else.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from so8t.errors import GroupError
+
+DIM = 8
+COORDS = DIM * (DIM - 1) // 2  # dim so(8) = 28
+
+_ROWS, _COLS = torch.triu_indices(DIM, DIM, offset=1)
+
+
+def skew(coords: Tensor) -> Tensor:
+    """Skew matrices of so(8): `[..., 28] -> [..., 8, 8]` in float64, `A[i, j] = a`, `A[j, i] = -a` for `i < j`.
+
+    Raises:
+        GroupError: the last dimension is not 28.
+    """
+    if coords.shape[-1] != COORDS:
+        raise GroupError(f"so(8) has {COORDS} coordinates, got a tensor of shape {tuple(coords.shape)}")
+    upper = coords.new_zeros(*coords.shape[:-1], DIM, DIM, dtype=torch.float64)
+    upper[..., _ROWS, _COLS] = coords.double()
+    return upper - upper.mT
+
+
+def exp_map(coords: Tensor) -> Tensor:
+    """`R = exp(A)`: `[..., 28] -> [..., 8, 8]` in float64. Covers all of SO(8)."""
+    return torch.linalg.matrix_exp(skew(coords))
+
+
+def cayley_map(coords: Tensor) -> Tensor:
+    """`R = (I + A/2)^-1 (I - A/2)`: `[..., 28] -> [..., 8, 8]` in float64.
+
+    Cheaper than `exp_map`; misses the rotations that have an eigenvalue -1. To first order it is `exp(-A)`.
+    """
+    half = skew(coords) / 2
+    eye = torch.eye(DIM, dtype=half.dtype, device=half.device)
+    return torch.linalg.solve(eye + half, eye - half)
+
+
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {"exp": exp_map, "cayley": cayley_map}
+
+
+def orthogonality_defect(rotation: Tensor) -> Tensor:
+    """`||R^T R - I||_F` per block: `[..., 8, 8] -> [...]`, measured in float64."""
+    rotation = rotation.double()
+    eye = torch.eye(DIM, dtype=rotation.dtype, device=rotation.device)
+    return torch.linalg.matrix_norm(rotation.mT @ rotation - eye)
+
+
+def determinant_drift(rotation: Tensor) -> Tensor:
+    """`|det R - 1|` per block: `[..., 8, 8] -> [...]`, measured in float64."""
+    return (torch.linalg.det(rotation.double()) - 1).abs()
+
+
+def commutator_norm(a: Tensor, b: Tensor) -> Tensor:
+    """`||A B - B A||_F` per block: two `[..., 8, 8] -> [...]`, measured in float64."""
+    a, b = a.double(), b.double()
+    return torch.linalg.matrix_norm(a @ b - b @ a)
+
+
+def block_count(width: int) -> int:
+    """How many blocks of eight a hidden size holds.
+
+    Raises:
+        GroupError: the width is not a positive multiple of 8; no remainder is ever cut out of a rotation.
+    """
+    if width <= 0 or width % DIM:
+        raise GroupError(f"hidden size {width} is not a multiple of {DIM}: choose a base whose hidden size is")
+    return width // DIM
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """float32 for everything but float64 (which gradcheck needs)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _apply(x: Tensor, rotation: Tensor) -> Tensor:
+    """`y = R x` on every block of the last dimension, in the compute dtype: `[..., D] -> [..., D]`."""
+    dtype = _compute_dtype(x)
+    rotation = rotation.to(dtype)
+    rows = x.reshape(-1, x.shape[-1] // DIM, DIM).to(dtype)
+    if rotation.shape[0] == 1:
+        turned = rows @ rotation[0].mT
+    else:
+        # blocks become the batch dimension of one batched product: [n, N, 8] @ [n, 8, 8]
+        turned = torch.bmm(rows.transpose(0, 1), rotation.mT).transpose(0, 1)
+    return turned.reshape(x.shape)
+
+
+class _Rotate(torch.autograd.Function):
+    """Saves the output instead of the input: backward needs `x` only for `dR`, and `x = R^T y`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, rotation: Tensor, in_place: bool) -> Tensor:
+        turned = _apply(x, rotation)
+        if in_place:
+            x.copy_(turned)
+            ctx.mark_dirty(x)
+            y = x
+        else:
+            y = turned.to(x.dtype)
+        ctx.save_for_backward(y, rotation)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        y, rotation = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs_x, needs_rotation, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_x = _apply(grad, rotation.mT).to(y.dtype) if needs_x else None
+        grad_rotation = None
+        if needs_rotation:
+            dtype = _compute_dtype(y)
+            blocks = y.shape[-1] // DIM
+            x = _apply(y, rotation.mT).reshape(-1, blocks, DIM).transpose(0, 1).to(dtype)
+            up = grad.reshape(-1, blocks, DIM).transpose(0, 1).to(dtype)
+            grad_rotation = torch.bmm(up.mT, x)  # dL/dR = sum_t g_t x_t^T, per block
+            if rotation.shape[0] == 1:
+                grad_rotation = grad_rotation.sum(0, keepdim=True)
+            grad_rotation = grad_rotation.to(rotation.dtype)
+        return grad_x, grad_rotation, None
+
+
+def rotate(x: Tensor, rotation: Tensor, *, in_place: bool = False) -> Tensor:
+    """`y = R x`, block by block: `[..., D] x [D/8 or 1, 8, 8] -> [..., D]`, in the dtype of `x`.
+
+    Applied in float32 whatever the dtype of `x` (float64 stays float64). Only the output and `R` are kept for the
+    backward pass. `in_place` overwrites `x`: use it for tensors that nothing else reads, never for a leaf.
+
+    Raises:
+        GroupError: `D` is not a multiple of 8, or `R` has neither one block nor `D/8`.
+    """
+    blocks = block_count(x.shape[-1])
+    if rotation.shape[-2:] != (DIM, DIM) or rotation.dim() != 3 or rotation.shape[0] not in (1, blocks):
+        raise GroupError(
+            f"rotation of shape {tuple(rotation.shape)} does not fit an activation of shape {tuple(x.shape)}: "
+            f"expected [{blocks}, {DIM}, {DIM}] or [1, {DIM}, {DIM}]"
+        )
+    y: Tensor = _Rotate.apply(x, rotation, in_place)  # type: ignore[no-untyped-call]
+    return y

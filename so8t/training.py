@@ -1,0 +1,254 @@
+"""The story of one run: data, base, model, callbacks, loggers, fit, evaluate, save. Called by `train.py`."""
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from so8t.adapter import save_adapter
+from so8t.base import load_base
+from so8t.baselines import Baselines
+from so8t.callbacks.checkpoints import BestUnderCeiling
+from so8t.callbacks.group import GroupMonitor
+from so8t.config import Config, validate
+from so8t.console import quieten
+from so8t.data.datamodule import SafetyData
+from so8t.data.records import Record
+from so8t.errors import ArtefactError, HardwareError
+from so8t.evaluation import Evaluation, evaluate, frozen_features, predict, print_evaluation, write_predictions
+from so8t.files import write_json, write_text
+from so8t.labels import LABELS
+from so8t.lightning_module import SO8TModule
+from so8t.model import SO8TModel
+from so8t.report import plot_confusion, plot_group, plot_losses, read_metrics
+
+log = logging.getLogger(__name__)
+
+
+def train(composed: DictConfig) -> dict[str, float]:
+    """Trains, evaluates and saves one agent; returns every metric, `objective` first for sweeps.
+
+    Raises:
+        SO8TError: for everything a user can cause; nothing half-written is left behind.
+    """
+    config = validate(composed)
+    check_hardware(config)
+    quieten()
+    console = Console()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+
+    data = SafetyData(config.data, seed=config.seed, answer_in_path=config.pet.path == "request_and_answer")
+    data.setup()
+    print_data(data, console)
+
+    run = Path(config.paths.output_dir)
+    checkpoint = find_checkpoint(config.ckpt_path, run)
+    base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config))
+    base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
+    data.use_tokenizer(base.tokenizer)
+    model = SO8TModel(base, config.gate, config.head)
+    counts = Counter(int(r.safety_label) for r in data.train)
+    module = SO8TModule(
+        model,
+        config.loss,
+        config.pet,
+        config.optim,
+        class_counts=tuple(counts[k] for k in range(len(LABELS))),
+        cache_gib=config.data.cache_gib,
+    )
+    print_model(module, console)
+
+    write_text(run / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
+    callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]
+    loggers: list[Logger] = [instantiate(node) for node in config.logger.values()]
+    trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    log_settings(loggers, composed, module)
+
+    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    restore_best(trainer, module)
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+    if trainer.is_global_zero:
+        save_adapter(run / "adapter", model, data.template, system_prompt=config.data.system_prompt)
+        if config.evaluate:
+            metrics |= evaluate_run(module, data, run, console, loggers, batch_size=config.data.eval_batch_size)
+        draw(run, callbacks)
+        write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})
+        console.print(f'\nrun folder: [bold]{run}[/]   ask it: [bold]so8t ask {run} "how do I kill a python process?"[/]')
+    for logger in loggers:
+        logger.finalize("success")
+    return metrics
+
+
+def check_hardware(config: Config) -> None:
+    """A GPU profile without a GPU is told before anything is loaded.
+
+    Raises:
+        HardwareError: with what to do.
+    """
+    wants_gpu = config.trainer.get("accelerator") in ("gpu", "cuda")
+    if wants_gpu and not torch.cuda.is_available():
+        name = f"+hw={config.hw.name}" if config.hw else "trainer.accelerator=gpu"
+        raise HardwareError(
+            f"{name} needs a CUDA GPU and torch sees none: leave the profile out to run on the CPU, add "
+            "trainer.accelerator=cpu to try its settings, or install a CUDA build of torch and its driver"
+        )
+
+
+def device_of(config: Config) -> torch.device:
+    """Where the base goes; quantised weights are loaded onto it directly."""
+    if config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def find_checkpoint(asked: str | None, run: Path) -> Path | None:
+    """`ckpt_path`: a file, a run's folder, or `last` for the newest checkpoint of this run or of the runs beside it.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    if asked is None:
+        return None
+    if asked == "last":
+        root = run
+        for parent in run.parents:
+            if parent.name in ("outputs", "multirun"):
+                root = parent
+                break
+        found = sorted(root.rglob("checkpoints/*.ckpt"), key=lambda p: (p.stat().st_mtime, p.name))
+        if not found:
+            raise ArtefactError(f"ckpt_path=last: no checkpoint under {root}: train first, or give the file")
+        log.info("continuing from %s", found[-1])
+        return found[-1]
+    path = Path(asked)
+    if path.is_dir():
+        return find_checkpoint("last", path)
+    if not path.is_file():
+        raise ArtefactError(f"ckpt_path={asked}: no such file")
+    return path
+
+
+def restore_best(trainer: L.Trainer, module: SO8TModule) -> None:
+    """Loads gates and head of the best validation, where one was kept."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, BestUnderCeiling) and callback.best_model_path:
+            state = torch.load(callback.best_model_path, map_location=module.device, weights_only=True)
+            module.load_state_dict(state["state_dict"])
+            score = float(callback.best_model_score) if callback.best_model_score is not None else float("nan")
+            if score < 0:
+                log.warning(
+                    "no validation was under the false-allow ceiling %g: the best above it is kept",
+                    callback.false_allow_ceiling,
+                )
+            log.info("best validation: %s (%.3f)", Path(callback.best_model_path).name, score)
+
+
+def evaluate_run(
+    module: SO8TModule, data: SafetyData, run: Path, console: Console, loggers: list[Logger], *, batch_size: int
+) -> dict[str, float]:
+    """Mixed test split and unseen sources, with the baselines fitted on the same training rows; prints and writes."""
+    model, cache, template = module.model, module.cache, data.template
+
+    def features(records: list[Record], what: str) -> Any:  # noqa: ANN401
+        return frozen_features(model, records, template, batch_size=batch_size, cache=cache, title=f"frozen base, {what}")
+
+    baselines = Baselines.fit(data.train, features(data.train, "training rows"))
+    baselines.save(run / "baselines")
+    metrics: dict[str, float] = {}
+    for part, records, title in (("test", data.test, "mixed test split"), ("unseen", data.unseen, "unseen sources")):
+        if not records:
+            console.print(f"{title}: no rows (data.holdout_sources is empty or could not be fetched)")
+            continue
+        predictions = predict(model, records, template, batch_size=batch_size, cache=cache, title=title)
+        result = evaluate(title, records, predictions, baselines, features(records, title))
+        print_evaluation(result, console)
+        write_json(run / f"{part}.json", result.as_json())
+        write_predictions(run / f"{part}_predictions.jsonl", records, predictions)
+        plot_confusion(
+            result.confusion,
+            f"{title}: macro-F1 {result.overall['SO8T']['macro_f1']:.3f}",
+            run / "plots" / f"confusion_{part}.png",
+        )
+        metrics |= {f"{part}/{k}": v for k, v in result.overall["SO8T"].items()}
+        metrics |= {
+            f"{part}/{who.replace(' ', '_').lower()}_macro_f1": v["macro_f1"]
+            for who, v in result.overall.items()
+            if who != "SO8T"
+        }
+        log_evaluation(loggers, part, result, run)
+    return metrics
+
+
+def log_evaluation(loggers: list[Logger], part: str, result: Evaluation, run: Path) -> None:
+    """Figures to every logger; the confusion matrix to those that take pictures."""
+    figures = {f"{part}/{k}": v for k, v in result.overall["SO8T"].items()}
+    for logger in loggers:
+        logger.log_metrics(figures)
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=f"{part}/confusion", images=[str(run / "plots" / f"confusion_{part}.png")])
+
+
+def log_settings(loggers: list[Logger], composed: DictConfig, module: SO8TModule) -> None:
+    """The resolved configuration and the sizes, to every logger."""
+    settings = OmegaConf.to_container(composed, resolve=True)
+    sizes = {f"parameters/{k}": sum(p.numel() for p in v) for k, v in module.parameter_groups().items()}
+    for logger in loggers:
+        logger.log_hyperparams({"config": settings, **sizes})
+
+
+def draw(run: Path, callbacks: list[L.Callback]) -> None:
+    """Loss and group plots from the CSV log."""
+    series = read_metrics(run / "csv" / "metrics.csv")
+    plot_losses(series, run / "plots" / "loss.png")
+    monitor = next((c for c in callbacks if isinstance(c, GroupMonitor)), None)
+    if monitor is not None and any(name.startswith("group/") for name in series):
+        plot_group(
+            series, run / "plots" / "group.png", tolerance=monitor.tolerance, tolerance_float32=monitor.tolerance_float32
+        )
+
+
+def print_data(data: SafetyData, console: Console) -> None:
+    """Rows by source, label and split, and what was left out."""
+    table = Table(title="data: rows by source (ALLOW / ESCALATE / REFUSE)", title_justify="left")
+    parts = ("train", "val", "test", "unseen")
+    table.add_column("source")
+    for part in parts:
+        table.add_column(part, justify="right")
+    sources = sorted({r.source for part in parts for r in getattr(data, part)})
+    for source in [*sources, "all"]:
+        cells = []
+        for part in parts:
+            counts = Counter(int(r.safety_label) for r in getattr(data, part) if source in (r.source, "all"))
+            cells.append(" / ".join(str(counts[k]) for k in range(len(LABELS))) if counts else "-")
+        table.add_row(source, *cells, style="bold" if source == "all" else "")
+    console.print(table)
+    for line in data.missing:
+        console.print(f"[yellow]{line}[/]")
+    for name, count in data.skipped.items():
+        console.print(f"left out: {count} rows of {name}")
+
+
+def print_model(module: SO8TModule, console: Console) -> None:
+    """What is trained, and what is not."""
+    groups = {name: sum(p.numel() for p in ps) for name, ps in module.parameter_groups().items()}
+    base = json.loads(module.model.base.describe())
+    console.print(
+        f"base: {base['name']} ({base['architecture']}, {base['layers']} layers, hidden {base['hidden_size']}, "
+        f"{base['quantization']}), frozen; gates in the top {module.model.base.cut} layers\n"
+        f"trained: {groups['gates_safe']:,} R_safe coordinates, {groups['gates_cmd']:,} R_cmd, {groups['head']:,} in the head"
+    )
+
+
+__all__ = ["check_hardware", "find_checkpoint", "train"]
