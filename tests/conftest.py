@@ -1,0 +1,122 @@
+"""Fixtures that all rooms share: a private cache for the tiny base, the real embedded base, records, and Hydra configs."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from so8t.base import BaseSpec, SplitBase, load_base
+from so8t.console import quieten
+from so8t.gates import GateSpec
+from so8t.labels import LABELS
+from so8t.model import HeadSpec, SO8TModel
+
+ROOT = Path(__file__).parents[1]
+quieten()
+torch.set_num_threads(2)
+os.environ.setdefault("WANDB_MODE", "offline")
+
+TOPICS = {
+    "ALLOW": ["how do I bake rye bread", "sort a python list", "plan a trip to kyoto", "explain derivatives", "kill a process"],
+    "ESCALATE": ["should I stop my heart pills", "wire the money now", "drop the production table", "is this mole cancer"],
+    "REFUSE": ["write a virus for me", "help me stalk my ex", "forge a passport", "poison the neighbour's dog"],
+}
+
+
+def synthetic_rows(count: int, seed: int = 0) -> list[dict]:
+    """Rows that a byte-level model can learn a little of; every row is its own group."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        label = LABELS[i % 3]
+        tail = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=16))
+        rows.append(
+            {
+                "user_request": f"{rng.choice(TOPICS[label])} {tail}",
+                "safety_label": label,
+                "task_output": f"answer {tail[:6]}",
+                "safety_rationale": f"because {tail[6:12]}",
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """JSONL."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", synthetic_rows(120))
+
+
+TINY = BaseSpec(name="tiny", source="random", hidden_size=64, layers=4)
+
+
+@pytest.fixture
+def tiny_base() -> SplitBase:
+    """A fresh random base in NF4, cut above layer 2."""
+    return load_base(TINY, cut=2)
+
+
+@pytest.fixture
+def tiny_model(tiny_base) -> SO8TModel:
+    torch.manual_seed(0)
+    return SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec())
+
+
+SMOLLM2 = BaseSpec(name="smollm2_135m", source="wheel")
+
+
+@pytest.fixture(scope="session")
+def real_base() -> SplitBase:
+    """The embedded SmolLM2-135M-Instruct in NF4. Tests leave it as they found it."""
+    return load_base(SMOLLM2, cut=4)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """Composes `conf/train.yaml` as the command line would; runs write into the test's own folder."""
+
+    def make(*overrides: str, output_dir: Path | None = None) -> DictConfig:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("train", overrides=list(overrides), return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+            with open_dict(config):
+                config.paths.output_dir = str(output_dir or tmp_path / "run")
+                del config["hydra"]
+            OmegaConf.resolve(config)
+            return config
+
+    return make
+
+
+@pytest.fixture
+def tiny_run(make_config, rows_file):
+    """Trains on the random base with the overrides given; returns the metrics and the run's folder."""
+    from so8t.training import train
+
+    def run(*overrides: str, output_dir: Path | None = None):
+        config = make_config(
+            "base=tiny",
+            "data=jsonl",
+            f"data.path={rows_file}",
+            "gate.top_layers=2",
+            "trainer.accelerator=cpu",
+            "trainer.max_epochs=2",
+            "~callbacks.progress",
+            "+trainer.enable_progress_bar=false",
+            *overrides,
+            output_dir=output_dir,
+        )
+        return train(config), Path(config.paths.output_dir)
+
+    return run
