@@ -3,12 +3,16 @@
 Composes the configuration in `conf/` with Hydra, then `so8t.training.train` tells the story. `--help` lists the groups.
 """
 
+import os
 import sys
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from so8t.console import reported
+from so8t.errors import ConfigError
 from so8t.training import train
 
 
@@ -21,5 +25,16 @@ def main(config: DictConfig) -> float | None:
     return None
 
 
+def run() -> None:
+    """What Hydra cannot compose is told like every other error: one line, code 2."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its errors on instead of printing them
+    with reported():
+        try:
+            main()
+        except (HydraException, OmegaConfBaseException) as error:
+            told = str(error).split("Config search path")[0].split("full_key:")[0]
+            raise ConfigError("configuration: " + " ".join(told.split())) from None
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

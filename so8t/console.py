@@ -34,6 +34,7 @@ def quieten() -> None:
         ".*Trying to infer the `batch_size`.*",
         ".*LeafSpec.*",
         ".*isinstance.treespec.*",
+        ".*your dataloader is not resumable.*",  # the sampler goes on with the next batch
     ):
         warnings.filterwarnings("ignore", pattern)
     for name in ("bitsandbytes", "transformers", "lightning.pytorch.utilities.rank_zero"):

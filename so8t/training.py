@@ -34,6 +34,9 @@ from so8t.report import plot_confusion, plot_group, plot_losses, read_metrics
 
 log = logging.getLogger(__name__)
 
+STANDARDISE_ROWS = 512
+"""Training rows over which the head's features are brought to mean 0 and standard deviation 1."""
+
 
 def train(composed: DictConfig) -> dict[str, float]:
     """Trains, evaluates and saves one agent; returns every metric, `objective` first for sweeps.
@@ -68,6 +71,8 @@ def train(composed: DictConfig) -> dict[str, float]:
         cache_gib=config.data.cache_gib,
     )
     print_model(module, console)
+    if config.head.standardise and checkpoint is None:
+        module.standardise(data.sample(STANDARDISE_ROWS))
 
     write_text(run / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]

@@ -19,7 +19,7 @@ from so8t.model import HeadSpec, SO8TModel
 
 ROOT = Path(__file__).parents[1]
 quieten()
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 TOPICS = {
@@ -120,3 +120,35 @@ def tiny_run(make_config, rows_file):
         return train(config), Path(config.paths.output_dir)
 
     return run
+
+
+# -- runs of their own, and many command lines in one interpreter ------------------------------------------------------
+
+QUICK = (
+    "base=tiny",
+    "data=jsonl",
+    "gate.top_layers=2",
+    "trainer.accelerator=cpu",
+    "~callbacks.progress",
+    "+trainer.enable_progress_bar=false",
+)
+
+
+def composed(*overrides: str, output_dir: Path) -> DictConfig:
+    """`conf/train.yaml` as the command line would compose it, for a run that writes into `output_dir`."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", overrides=list(overrides))
+    with open_dict(config):
+        config.paths.output_dir = str(output_dir)
+    OmegaConf.resolve(config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def finished_run(rows_file, tmp_path_factory) -> Path:
+    """The folder of a whole tiny run with evaluation, for tests that only read it."""
+    from so8t.training import train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(composed(*QUICK, f"data.path={rows_file}", "trainer.max_epochs=2", "optim.head_lr=0.05", output_dir=folder))
+    return folder

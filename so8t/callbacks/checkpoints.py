@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from so8t.callbacks.collapse import SafetyCollapseGuard
+
 SELECTION = "val/selection"
 
 
@@ -13,7 +15,8 @@ class BestUnderCeiling(ModelCheckpoint):
     """Keeps the best by validation macro-F1 among those whose false-allow rate is at most `false_allow_ceiling`.
 
     Logged as `val/selection`: macro-F1, or macro-F1 - 1 where the ceiling is broken, so that any candidate under the
-    ceiling beats any above it.
+    ceiling beats any above it. Lightning runs checkpoints after all other callbacks: where the guard has just restored
+    earlier gates, the metrics are not theirs and nothing is kept.
     """
 
     def __init__(self, false_allow_ceiling: float = 0.15, **checkpoint: Any):  # noqa: ANN401
@@ -31,4 +34,6 @@ class BestUnderCeiling(ModelCheckpoint):
             metrics[SELECTION] = torch.tensor(score)
             for logger in trainer.loggers:
                 logger.log_metrics({SELECTION: score}, step=trainer.global_step)
-        super().on_validation_end(trainer, pl_module)
+        guards = [c for c in trainer.callbacks if isinstance(c, SafetyCollapseGuard)]  # type: ignore[attr-defined]
+        if not any(guard.restored_at == trainer.global_step for guard in guards):
+            super().on_validation_end(trainer, pl_module)

@@ -35,6 +35,7 @@ class SafetyCollapseGuard(L.Callback):
         self.max_restores = max_restores
         self.best = float("-inf")
         self.restores = 0
+        self.restored_at = -1
         self._best_state: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,17 +53,18 @@ class SafetyCollapseGuard(L.Callback):
         if self.action == "stop" or self.restores >= self.max_restores:
             log.error("%s: stopping", what)
             trainer.should_stop = True
-            self._restore(pl_module)
+            self._restore(trainer, pl_module)
             return
         self.restores += 1
-        self._restore(pl_module)
+        self._restore(trainer, pl_module)
         self._lower_learning_rates(trainer)
         log.warning("%s: best gates restored, learning rates times %g (%d)", what, self.lr_factor, self.restores)
         for logger in trainer.loggers:
             logger.log_metrics({"guard/restores": float(self.restores)}, step=trainer.global_step)
 
-    def _restore(self, module: L.LightningModule) -> None:
+    def _restore(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         module.load_state_dict(self._best_state)
+        self.restored_at = trainer.global_step  # these weights are not the ones that this validation measured
 
     def _lower_learning_rates(self, trainer: L.Trainer) -> None:
         for optimizer in trainer.optimizers:

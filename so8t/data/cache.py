@@ -3,10 +3,21 @@
 Bounded in size: rows that do not fit any more are computed each time. Knows nothing of labels or losses.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from so8t.base import SplitBase
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Cached rows in one tensor `[tokens, D]` in shared memory, for the processes of one benchmark or sweep."""
+
+    keys: list[bytes]
+    ends: list[int]
+    states: Tensor
 
 
 class PrefixCache:
@@ -23,23 +34,41 @@ class PrefixCache:
     @torch.no_grad()
     def prefix(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The prefix's output for right-padded rows: `[B, T], [B, T] -> [B, T, D]`."""
-        lengths = mask.sum(-1).tolist()
-        keys = [tokens[i, :n].cpu().numpy().tobytes() for i, n in enumerate(lengths)]
+        lengths, keys = _lengths_and_keys(tokens, mask)
         todo = [i for i, key in enumerate(keys) if key not in self._rows]
         hidden = torch.zeros(*tokens.shape, self.base.hidden_size, dtype=self.base.dtype, device=tokens.device)
         if todo:
             longest = max(lengths[i] for i in todo)
             fresh = self.base.prefix(tokens[todo, :longest], mask[todo, :longest])
+            self.put(tokens[todo], mask[todo], fresh)
             for j, i in enumerate(todo):
                 hidden[i, : lengths[i]] = fresh[j, : lengths[i]]
-                self._keep(keys[i], fresh[j, : lengths[i]])
         for i, key in enumerate(keys):
             if i not in todo:
                 hidden[i, : lengths[i]] = self._rows[key].to(hidden.device)
         return hidden
 
-    def _keep(self, key: bytes, row: Tensor) -> None:
-        size = row.numel() * row.element_size()
-        if size <= self.room:
-            self._rows[key] = row.cpu().clone()
-            self.room -= size
+    def put(self, tokens: Tensor, mask: Tensor, hidden: Tensor) -> None:
+        """Keeps states that were computed elsewhere, as far as there is room: `[B, T], [B, T], [B, T, D]`."""
+        lengths, keys = _lengths_and_keys(tokens, mask)
+        for key, row, length in zip(keys, hidden, lengths, strict=True):
+            size = length * row.shape[-1] * row.element_size()
+            if size <= self.room:
+                self._rows[key] = row[:length].cpu().clone()
+                self.room -= size
+
+    def shared(self) -> SharedRows:
+        """All rows that are kept, in shared memory."""
+        rows = list(self._rows.values())
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
+        return SharedRows(list(self._rows), ends, torch.cat(rows).share_memory_())
+
+    def adopt(self, shared: SharedRows) -> None:
+        """Takes over rows that another process computed with the same base and cut; they do not count as kept here."""
+        for key, begin, end in zip(shared.keys, [0, *shared.ends], shared.ends, strict=False):
+            self._rows[key] = shared.states[begin:end]
+
+
+def _lengths_and_keys(tokens: Tensor, mask: Tensor) -> tuple[list[int], list[bytes]]:
+    lengths = mask.sum(-1).tolist()
+    return lengths, [tokens[i, :n].cpu().numpy().tobytes() for i, n in enumerate(lengths)]

@@ -1,9 +1,10 @@
 """The LightningDataModule: sources -> splits -> tokens -> batches of similar length."""
 
 import logging
+import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -29,7 +30,7 @@ class DataSpec:
     """What `conf/data` says.
 
     `holdout_sources` are never trained on: they are the unseen test. `task_rows` language-model sequences go with each
-    batch. `cache_gib` bounds the memory of the prefix cache.
+    batch on average (0.25: one with every fourth). `cache_gib` bounds the memory of the prefix cache.
     """
 
     sources: dict[str, SourceSpec]
@@ -45,7 +46,7 @@ class DataSpec:
     max_length: PositiveInt = 160
     batch_size: PositiveInt = 16
     eval_batch_size: PositiveInt = 32
-    task_rows: Count = 2
+    task_rows: NotNegative = 0.25
     cache_gib: NotNegative = 2.0
 
 
@@ -92,7 +93,7 @@ class RecordDataset(Dataset[Batch]):
         template: Template,
         *,
         weights: dict[str, float] | None = None,
-        task_rows: int = 0,
+        task_rows: float = 0.0,
         answer_in_path: bool = False,
     ):
         self.records = list(records)
@@ -146,8 +147,11 @@ class RecordDataset(Dataset[Batch]):
         targets += [(i, True) for i in rows if self.records[i].safety_rationale]
         if not targets or not self.task_rows:
             return None
-        # a string seeds through SHA-512, so the draw is the same in every process
-        chosen = random.Random(str(rows)).sample(targets, min(self.task_rows, len(targets)))  # noqa: S311
+        draw = random.Random(str(rows))  # noqa: S311  (a string seeds through SHA-512: the same in every process)
+        count = int(self.task_rows) + (draw.random() < self.task_rows % 1)
+        if not count:
+            return None
+        chosen = draw.sample(targets, min(count, len(targets)))
         encoded = []
         for i, rationale in chosen:
             record = self.records[i]
@@ -163,12 +167,23 @@ class RecordDataset(Dataset[Batch]):
 class LengthSampler(Sampler[list[int]]):
     """Batches of rows of similar length in random order, the same on every machine for a seed and an epoch.
 
-    With several processes each takes every `world`-th batch, and all get the same number.
+    With several processes each takes every `world`-th batch, and all get the same number. `done` says how many of this
+    epoch's batches were had before: a resumed run goes on with the next one.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, *, seed: int, shuffle: bool, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world: int = 1,
+        done: Callable[[], int] = lambda: 0,
+    ):
         self.lengths, self.size, self.seed, self.shuffle = list(lengths), size, seed, shuffle
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world, self.done, self.epoch = rank, world, done, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before every epoch."""
@@ -192,7 +207,8 @@ class LengthSampler(Sampler[list[int]]):
         return batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches()[self.rank :: self.world])
+        # a generator: when Lightning resumes, it makes the iterator before it says which epoch this is
+        yield from self._batches()[self.rank :: self.world][self.done() :]
 
     def __len__(self) -> int:
         batches = -(-len(self.lengths) // self.size)
@@ -289,19 +305,34 @@ class SafetyData(L.LightningDataModule):
             records,
             self.template,
             weights={name: s.weight for name, s in self.spec.sources.items()},
-            task_rows=self.spec.task_rows,
+            task_rows=self.spec.task_rows if shuffle else math.ceil(self.spec.task_rows),
             answer_in_path=self.answer_in_path,
         )
         trainer = self.trainer
+        overfit = trainer is not None and bool(trainer.overfit_batches)
         sampler = LengthSampler(
             [dataset.length(i) for i in range(len(dataset))],
             self.spec.batch_size if shuffle else self.spec.eval_batch_size,
             seed=self.seed,
-            shuffle=shuffle,
+            shuffle=shuffle and not overfit,
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
+            done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer and shuffle else 0,
         )
+        if overfit:  # Lightning puts a sampler of its own on: it must number whole batches, the same ones every epoch
+            return DataLoader([dataset[rows] for rows in sampler], batch_size=None)  # type: ignore[arg-type]
         return DataLoader(dataset, batch_size=None, sampler=sampler)
+
+    def sample(self, rows: int) -> Iterator[Batch]:
+        """About `rows` training rows, the same for every seed, in batches as they are trained on."""
+        dataset = RecordDataset(self.train, self.template)
+        for batch in LengthSampler(
+            [dataset.length(i) for i in range(len(dataset))], self.spec.batch_size, seed=0, shuffle=True
+        ):
+            if rows <= 0:
+                return
+            rows -= len(batch)
+            yield dataset[batch]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of training rows."""

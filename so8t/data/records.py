@@ -56,12 +56,14 @@ def parse_record(raw: object, *, default_source: str, require_label: bool = True
     """
     if not isinstance(raw, dict):
         raise _BadRow(f"expected a JSON object, got {type(raw).__name__}")
-    row = {_ALIASES.get(key, key): value for key, value in raw.items()}
+    # beside a field of the same meaning an alias is some other column
+    row = {name: raw[alias] for alias, name in _ALIASES.items() if alias in raw} | raw
     request = row.get("user_request")
     if request is None:
         raise _BadRow("user_request: missing (required; 'prompt' is read too)")
     if not isinstance(request, str) or not request.strip():
         raise _BadRow(f"user_request: expected a text that is not empty, got {request!r:.60}")
+    _check_unicode("user_request", request)
     label = row.get("safety_label")
     if label is None and not require_label:
         label = Label.ESCALATE.name
@@ -74,6 +76,7 @@ def parse_record(raw: object, *, default_source: str, require_label: bool = True
         value = row.get(name)
         if value is not None and not isinstance(value, str):
             raise _BadRow(f"{name}: expected a text, got {type(value).__name__}")
+        _check_unicode(name, value or "")
         texts[name] = value or None
     flags = {name: row.get(name) or False for name in _FLAGS}
     for name, value in flags.items():
@@ -92,6 +95,14 @@ def parse_record(raw: object, *, default_source: str, require_label: bool = True
         form=texts["form"],
         sounds_dangerous=flags["sounds_dangerous"],
     )
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"{name}: not valid Unicode at character {error.start}") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -128,14 +128,15 @@ def load_starter() -> list[Record]:
 
 
 def _decoded(data: bytes, form: str, where: str) -> Iterator[tuple[int, dict[str, object]]]:
-    text = data.decode("utf-8-sig")
     try:
+        text = data.decode("utf-8-sig")
+        lines = text.split("\n")  # not splitlines: U+2028 and its like are part of a text
         if form == "lines":
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, {"prompt": line.strip()}
         elif form == "jsonl":
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, json.loads(line)
         elif form == "json":

@@ -19,7 +19,8 @@ def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> 
     similarity of at least `threshold`."""
     if not texts:
         return []
-    padded = [f"   {' '.join(t.lower().split())} " for t in texts]  # so that the shortest text has a 4-gram
+    # filled up so that the shortest text has a 4-gram; not with spaces, which the vectoriser would fold
+    padded = [f" {' '.join(t.lower().split())} ".ljust(4, "\0") for t in texts]
     grams: csr_matrix = CountVectorizer(analyzer="char", ngram_range=(4, 4), binary=True, lowercase=False).fit_transform(padded)
     sizes = np.asarray(grams.sum(axis=1)).ravel()
     pairs: list[tuple[int, int]] = []

@@ -13,6 +13,9 @@ from so8t.errors import ConfigError
 
 _PLACEHOLDER = "\u2063REQUEST\u2063"
 
+_LEAST = 8
+"""Tokens of a request that are always kept."""
+
 RATIONALE_INSTRUCTION = "\n\nIn one sentence, explain the safety decision for this request."
 """What a prompt ends with when the target is the rationale instead of the answer."""
 
@@ -56,7 +59,7 @@ class Template:
         self.before = self._ids(before)
         self.after = self._ids(after)
         self.room = max_length - len(self.before) - len(self.after)
-        if self.room < 8:
+        if self.room < _LEAST:
             raise ConfigError(
                 f"data.max_length={max_length} leaves {self.room} tokens for the request beside the chat template's "
                 f"{len(self.before) + len(self.after)}: raise it"
@@ -76,7 +79,7 @@ class Template:
         """The prompt of one request; `context` stands before it in the same turn."""
         text = f"{context}\n\n{request}" if context else request
         tail = self._ids(suffix, plain=True) if suffix else []
-        body = self._request(text, self.room - len(tail)) + tail
+        body = self._request(text, max(_LEAST, self.room - len(tail))) + tail
         start = len(self.before)
         return Encoded(tuple(self.before + body + self.after), (start, start + len(body)))
 

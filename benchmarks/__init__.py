@@ -1,0 +1,1 @@
+"""Long measurements, each a script that prints a table and writes JSON and a picture into `benchmarks/results/`."""

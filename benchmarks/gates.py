@@ -1,0 +1,294 @@
+"""What the gates are worth: the default run's head, data, loss and steps with gates, without (`gate=none`), and with PEFT LoRA.
+
+    .venv/bin/python -m benchmarks.gates [--seeds 0 1 2] [--variants gates none lora] [--workers 2] [OVERRIDE ...]
+
+Every variant is trained by the project's own `SO8TModule` and trainer, selected by its own validation, and scored on the mixed
+test split and on the unseen source; TF-IDF and the frozen probe, fitted on the same rows, stand beside them. The prefix is
+computed once and shared. Writes `results/gates.json` and `results/gates.png`; each finished run is kept at once.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from so8t.base import load_base
+from so8t.baselines import Baselines
+from so8t.config import Config, validate
+from so8t.console import quieten
+from so8t.data.cache import PrefixCache
+from so8t.data.datamodule import LengthSampler, RecordDataset, SafetyData
+from so8t.evaluation import evaluate, frozen_features, predict
+from so8t.files import write_json
+from so8t.labels import LABELS
+from so8t.lightning_module import SO8TModule
+from so8t.model import SO8TModel
+from so8t.training import STANDARDISE_ROWS, restore_best
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+FIGURES = ("macro_f1", "false_allow_rate", "over_refusal_rate", "accuracy")
+
+LORA_RANK = 8
+OVERRIDES = {
+    "gates": [],
+    "none": ["gate=none", "gate.top_layers=1", "loss.task_weight=0"],
+    # rotations and low-rank updates want different step sizes: 1e-3 is at the upper end of what LoRA is trained with
+    "lora": ["gate=none", "loss.task_weight=0", "optim.gate_lr=0.001", "optim.gate_weight_decay=0.0"],
+}
+
+
+class LoraModule(SO8TModule):
+    """The same head on the same base, adapted by PEFT LoRA on all linear layers of the top K layers."""
+
+    def inject(self, layers: int) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        depth = self.model.base.depth
+        config = LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=2 * LORA_RANK,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            layers_to_transform=list(range(depth - layers, depth)),
+        )
+        inject_adapter_in_model(config, self.model.base.causal_lm)
+
+    def lora(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.base.named_parameters() if "lora_" in n}
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        groups = super().parameter_groups()
+        return {**groups, "gates_safe": list(self.lora().values())}
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        return super().state_dict() | {f"lora.{n}": p for n, p in self.lora().items()}
+
+
+def composed(overrides: list[str], folder: Path) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", overrides=[*overrides, f"paths.output_dir={folder}", "~callbacks.progress"])
+    OmegaConf.set_struct(config, False)
+    config.trainer.enable_progress_bar = False
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def load_data(config: Config) -> SafetyData:
+    data = SafetyData(config.data, seed=config.seed)
+    data.setup()
+    return data
+
+
+def all_rows(data: SafetyData) -> list:
+    return [*data.train, *data.val, *data.test, *data.unseen]
+
+
+def prefix_of_everything(config: Config, data: SafetyData, console: Console) -> dict[str, object]:
+    """The prefix's output of every row, in shared memory, and what the baselines score."""
+    base = load_base(config.base, cut=config.gate.top_layers)
+    data.use_tokenizer(base.tokenizer)
+    model = SO8TModel(base, validate(composed(["gate=none", "loss.task_weight=0"], ROOT / "outputs")).gate, config.head)
+    cache = PrefixCache(base, 64.0)
+    rows = all_rows(data)
+    dataset = RecordDataset(rows, data.template)
+    sampler = LengthSampler([dataset.length(i) for i in range(len(rows))], 32, seed=0, shuffle=False)
+    # without gates the place of the cut changes nothing, so that variant is cut below the last layer alone
+    below_last = PrefixCache(base, 64.0)
+    begun = time.perf_counter()
+    with torch.no_grad():
+        for batch in sampler:
+            tokens, mask = dataset[batch].tokens, dataset[batch].mask
+            hidden = cache.prefix(tokens, mask)
+            context = base._context(hidden, mask)
+            for layer in base.suffix_layers[:-1]:
+                hidden = layer(hidden, **context)
+            below_last.put(tokens, mask, hidden)
+    console.print(f"prefix of {len(rows)} rows: {time.perf_counter() - begun:.0f} s")
+    features = {
+        part: frozen_features(model, getattr(data, part), data.template, batch_size=32, cache=cache)
+        for part in ("train", "test", "unseen")
+    }
+    baselines = Baselines.fit(data.train, features["train"])
+    scores = {}
+    for part in ("test", "unseen"):
+        records = getattr(data, part)
+        by_name = baselines.probabilities(records, features[part])
+        labels = np.array([int(r.safety_label) for r in records])
+        scores[part] = {name: (probabilities.numpy(), labels) for name, probabilities in by_name.items()}
+    return {"cache": {"gates": cache.shared(), "none": below_last.shared()}, "baselines": scores}
+
+
+def one_run(variant: str, seed: int, overrides: list[str], shared: object, threads: int) -> dict[str, object]:
+    """Trains and scores one variant; runs in a process of its own."""
+    torch.set_num_threads(threads)
+    quieten()
+    with tempfile.TemporaryDirectory() as folder:
+        raw = composed([*overrides, *OVERRIDES[variant], f"seed={seed}"], Path(folder))
+        config = validate(raw)
+        L.seed_everything(seed, workers=True, verbose=False)
+        data = load_data(config)
+        base = load_base(config.base, cut=config.gate.top_layers)
+        data.use_tokenizer(base.tokenizer)
+        model = SO8TModel(base, config.gate, config.head)
+        counts = Counter(int(r.safety_label) for r in data.train)
+        kind = LoraModule if variant == "lora" else SO8TModule
+        module = kind(model, config.loss, config.pet, config.optim, class_counts=tuple(counts[k] for k in range(len(LABELS))))
+        module.cache.adopt(shared["none" if variant == "none" else "gates"])
+        if isinstance(module, LoraModule):
+            module.inject(config.gate.top_layers)
+        module.standardise(data.sample(STANDARDISE_ROWS))
+        callbacks = [instantiate(node) for node in raw.callbacks.values()]
+        trainer: L.Trainer = instantiate(raw.trainer, callbacks=callbacks, logger=[])
+        callbacks[:] = [c for c in trainer.callbacks if type(c).__name__ != "LearningRateMonitor"]
+        trainer.callbacks = callbacks
+        begun = time.perf_counter()
+        trainer.fit(module, data)
+        seconds = time.perf_counter() - begun
+        restore_best(trainer, module)
+        groups = {name: sum(p.numel() for p in ps) for name, ps in module.parameter_groups().items()}
+        result: dict[str, object] = {"variant": variant, "seed": seed, "fit_seconds": seconds, "parameters": groups}
+        for part in ("val", "test", "unseen"):
+            records = getattr(data, part)
+            predictions = predict(model, records, data.template, batch_size=32, cache=module.cache)
+            figures = evaluate(part, records, predictions, None, None)
+            result[part] = {k: figures.overall["SO8T"].get(k) for k in FIGURES}
+            result[f"{part}_wrong"] = (predictions.decisions != torch.tensor([int(r.safety_label) for r in records])).tolist()
+            if "(benign, sounds dangerous)" in figures.by_source:
+                result[part]["sounds_dangerous_allowed"] = figures.by_source["(benign, sounds dangerous)"]["SO8T"]["accuracy"]
+        return result
+
+
+def _work(jobs: "mp.Queue", done: "mp.Queue", overrides: list[str], shared: object, threads: int) -> None:
+    while (job := jobs.get()) is not None:
+        done.put(one_run(*job, overrides, shared, threads))
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=sorted(OVERRIDES), default=["gates", "none", "lora"])
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument("--name", default="gates", help="name of the files in benchmarks/results")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for every variant")
+    args = parser.parse_intermixed_args()
+    quieten()
+    console = Console()
+    config = validate(composed(args.overrides, ROOT / "outputs"))
+    data = load_data(config)
+    shared = prefix_of_everything(config, data, console)
+
+    context = mp.get_context("spawn")
+    jobs, done = context.Queue(), context.Queue()
+    todo = [(variant, seed) for seed in args.seeds for variant in args.variants]
+    for job in [*todo, *[None] * args.workers]:
+        jobs.put(job)
+    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    workers = [
+        context.Process(target=_work, args=(jobs, done, args.overrides, shared["cache"], threads)) for _ in range(args.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    out = {
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {platform.python_version()}, torch {torch.__version__}",
+        "overrides": args.overrides,
+        "rows": {part: len(getattr(data, part)) for part in ("train", "val", "test", "unseen")},
+        "config": OmegaConf.to_container(composed(args.overrides, Path("outputs")), resolve=True),
+        "baselines": baseline_figures(shared["baselines"]),
+        "runs": [],
+    }
+    for _ in todo:
+        run = done.get()
+        out["runs"].append(run)
+        write_json(RESULTS / f"{args.name}.json", out)
+        figures = {part: {k: round(v, 3) for k, v in run[part].items() if v is not None} for part in ("test", "unseen")}
+        console.print(f"{run['variant']} seed {run['seed']} ({run['fit_seconds']:.0f} s): {figures}")
+    for worker in workers:
+        worker.join()
+    report(out, console, RESULTS / f"{args.name}.png")
+
+
+def baseline_figures(scores: dict) -> dict[str, dict[str, float]]:
+    from sklearn.metrics import f1_score
+
+    return {
+        name: {
+            part: float(f1_score(scores[part][name][1], scores[part][name][0].argmax(-1), average="macro"))
+            for part in ("test", "unseen")
+        }
+        for name in scores["test"]
+    }
+
+
+def report(out: dict, console: Console, picture: Path) -> None:
+    """The table, what the gates remove of the error, and the picture."""
+    table = Table(title=f"mixed test split and unseen source, mean ± s.d. over seeds; {out['machine']}", title_justify="left")
+    for column in ("variant", "parameters beside the head", "macro-F1, mixed", "false allow", "macro-F1, unseen", "fit (s)"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    means: dict[str, list[float]] = {}
+    for variant in dict.fromkeys(run["variant"] for run in out["runs"]):
+        runs = [r for r in out["runs"] if r["variant"] == variant]
+        means[variant] = [r["test"]["macro_f1"] for r in runs]
+        beside = sum(v for k, v in runs[0]["parameters"].items() if k != "head")
+        table.add_row(
+            variant,
+            f"{beside:,}",
+            spread(means[variant]),
+            spread([r["test"]["false_allow_rate"] for r in runs]),
+            spread([r["unseen"]["macro_f1"] for r in runs]),
+            f"{statistics.mean(r['fit_seconds'] for r in runs):.0f}",
+        )
+    for name, figures in out["baselines"].items():
+        table.add_row(name, "-", f"{figures['test']:.3f}", "-", f"{figures['unseen']:.3f}", "-")
+    console.print(table)
+    if {"gates", "none"} <= means.keys():
+        with_gates, without = statistics.mean(means["gates"]), statistics.mean(means["none"])
+        console.print(f"the gates remove {(with_gates - without) / (1 - without):.0%} of the macro-F1 error of the same head")
+    plot(out, picture)
+
+
+def plot(out: dict, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    from so8t.report import COLOURS
+
+    variants = list(dict.fromkeys(run["variant"] for run in out["runs"]))
+    names = {"gates": "SO(8) gates", "none": "same head,\nno gates", "lora": "LoRA r = 8"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, part, title in zip(axes, ("test", "unseen"), ("mixed test split", "unseen source"), strict=True):
+        for k, variant in enumerate(variants):
+            values = [r[part]["macro_f1"] for r in out["runs"] if r["variant"] == variant]
+            axis.bar(k, statistics.mean(values), color=COLOURS[k], width=0.6)
+            axis.scatter([k] * len(values), values, color="black", s=14, zorder=3)
+        beside = list(out["baselines"])[:2]  # TF-IDF and the frozen probe
+        for k, name in enumerate(beside, start=len(variants)):
+            axis.bar(k, out["baselines"][name][part], color="#999999", width=0.6)
+        variant_names = [*(names[v] for v in variants), *beside]
+        axis.set_xticks(range(len(variant_names)), variant_names, fontsize=8)
+        axis.set(title=title, ylim=(0, 1))
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("macro-F1 (dots: seeds)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""An evaluation: predictions in the order of the file, figures by source, and what a score has to beat beside it."""
+
+import json
+import math
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+
+from so8t.baselines import Baselines
+from so8t.data.cache import PrefixCache
+from so8t.data.records import Record
+from so8t.data.tokenise import Template
+from so8t.evaluation import (
+    Predictions,
+    evaluate,
+    frozen_features,
+    predict,
+    print_evaluation,
+    write_predictions,
+)
+from so8t.gates import GateSpec
+from so8t.labels import LABELS, Label
+from so8t.model import HeadSpec, SO8TModel
+from tests.test_gates import turned
+
+# lengths go up and down, so that sorting by length shuffles them
+RECORDS = [
+    Record("x" * n, Label(k % 3), source=source, context=context, sounds_dangerous=danger)
+    for k, (n, source, context, danger) in enumerate(
+        [
+            (40, "a", None, True), (3, "b", None, False), (25, "a", "c", False), (1, "a", None, True), (60, "b", None, False),
+            (12, "a", None, False), (33, "b", "c", True), (2, "b", None, False), (18, "c", None, False), (50, "c", None, False),
+        ]
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def model(tiny_base) -> SO8TModel:
+    """Gates that turn visibly and a head whose decisions differ from row to row."""
+    torch.manual_seed(0)
+    model = SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec())
+    turned(model)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture
+def template(model) -> Template:
+    return Template(model.base.tokenizer, system_prompt="", max_length=160)
+
+
+def run(model, template, records=RECORDS, batch_size=4, cache_gib=0.0) -> Predictions:
+    return predict(model, records, template, batch_size=batch_size, cache=PrefixCache(model.base, cache_gib))
+
+
+def by_hand(probabilities, failed=()) -> Predictions:
+    p = torch.tensor(probabilities)
+    n = len(p)
+    fail = torch.tensor([i in failed for i in range(n)])
+    labels = torch.where(fail, int(Label.ESCALATE), p.argmax(-1))
+    return Predictions(p, labels, fail, torch.zeros(n, dtype=torch.bool), torch.full((n,), 0.25), torch.ones(n))
+
+
+def printed(evaluation) -> str:
+    out = StringIO()
+    print_evaluation(evaluation, Console(file=out, width=200))
+    return out.getvalue()
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_are_in_the_order_of_the_rows_whatever_the_batches(model, template):
+    alone = [run(model, template, [record], batch_size=1) for record in RECORDS]
+    assert len({tuple(p.probabilities[0].tolist()) for p in alone}) == len(RECORDS), "rows can be told apart"
+    for batch_size in (1, 3, 100):
+        together = run(model, template, batch_size=batch_size)
+        for i, one in enumerate(alone):
+            assert torch.allclose(together.probabilities[i], one.probabilities[0], atol=2e-5)
+            assert together.decisions[i] == one.decisions[0]
+            assert together.changes[i].item() == pytest.approx(one.changes[0].item(), nan_ok=True)
+            assert together.flicker[i].item() == pytest.approx(one.flicker[0].item(), abs=1e-4, nan_ok=True)
+
+
+def test_a_cached_prefix_changes_no_prediction(model, template):
+    cache = PrefixCache(model.base, 1.0)
+    first = predict(model, RECORDS, template, batch_size=4, cache=cache)
+    assert len(cache) == len(RECORDS)
+    again = predict(model, RECORDS, template, batch_size=3, cache=cache)
+    none = run(model, template, cache_gib=0.0)
+    for other in (again, none):
+        assert torch.allclose(first.probabilities, other.probabilities, atol=2e-5)
+
+
+def test_prediction_runs_without_dropout(tiny_base):
+    torch.manual_seed(0)
+    model = SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec(dropout=0.5))
+    model.train()
+    template = Template(model.base.tokenizer, system_prompt="", max_length=160)
+    assert torch.equal(run(model, template).probabilities, run(model, template).probabilities)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_a_row_that_cannot_be_scored_is_a_failure_and_no_prediction(model, template):
+    with torch.no_grad():
+        model.gates.last.safe.coords[3, 5] = float("nan")
+    predictions = run(model, template)
+    assert predictions.failed.all()
+    assert (predictions.decisions == Label.ESCALATE).all()
+    result = evaluate("set", RECORDS, predictions, None, None)
+    assert result.overall["SO8T"]["failures"] == len(RECORDS)
+    assert result.overall["SO8T"]["rows"] == 0
+    assert result.confusion == [[0] * 3] * 3
+    assert f"{len(RECORDS)} failures (not counted as predictions)" in printed(result)
+    json.dumps(result.as_json(), allow_nan=False)
+
+
+def test_an_exception_inside_is_a_bug_and_not_a_decision(model, template):
+    model.gates.detach()
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    model.base.suffix_layers[0].register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model, template)
+
+
+def test_written_predictions_follow_the_file_and_every_line_parses(tmp_path, model, template):
+    records = [*RECORDS, Record("包丁\u2028を\nとぐ", Label.ALLOW)]
+    predictions = run(model, template, records)
+    predictions.failed[2] = True
+    write_predictions(tmp_path / "out" / "p.jsonl", records, predictions)
+    lines = (tmp_path / "out" / "p.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    rows = [json.loads(line) for line in lines]
+    assert [row["user_request"] for row in rows] == [r.user_request for r in records]
+    assert [row["safety_label"] for row in rows] == [r.safety_label.name for r in records]
+    for i, row in enumerate(rows):
+        assert row["decision"] == LABELS[int(predictions.decisions[i])]
+        assert list(row["probabilities"]) == list(LABELS)
+        assert list(row["probabilities"].values()) == pytest.approx(predictions.probabilities[i].tolist(), abs=1e-6)
+        assert ("failure" in row) == (i == 2)
+
+
+# -- features of the frozen base ---------------------------------------------------------------------------------------
+
+
+def test_frozen_features_are_the_base_without_gates_at_the_decision_position_row_by_row(model, template):
+    features = frozen_features(model, RECORDS, template, batch_size=4, cache=PrefixCache(model.base, 0.0))
+    assert model.gates.attached, "and afterwards the gates are back"
+    with model.without_gates(), torch.no_grad():
+        for i, record in enumerate(RECORDS):
+            tokens = torch.tensor([template.encode(record.user_request, record.context).tokens])
+            want = model.base.decoder(input_ids=tokens).last_hidden_state[0, -1]
+            assert torch.allclose(torch.tensor(features[i]).float(), want, atol=1e-4), i
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+SIX = [Record(f"r{i}", Label(k), source="xxy"[i % 3], sounds_dangerous=i < 2) for i, k in enumerate([0, 0, 0, 1, 2, 2])]
+# decided: ALLOW, REFUSE, ALLOW, ESCALATE, ALLOW, REFUSE
+SCORES = [[0.8, 0.1, 0.1], [0.1, 0.2, 0.7], [0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.5, 0.2, 0.3], [0.0, 0.1, 0.9]]
+
+
+def test_figures_are_given_over_all_rows_and_by_source():
+    result = evaluate("set", SIX, by_hand(SCORES), None, None)
+    assert result.overall["SO8T"]["accuracy"] == pytest.approx(4 / 6)
+    assert set(result.by_source) == {"x", "y", "(benign, sounds dangerous)"}
+    x, y = result.by_source["x"]["SO8T"], result.by_source["y"]["SO8T"]
+    assert (x["rows"], y["rows"]) == (4, 2)  # rows 0, 1, 3, 4 and rows 2, 5
+    assert x["accuracy"] == pytest.approx(2 / 4)
+    assert y["accuracy"] == 1.0
+    assert x["false_allow_rate"] == pytest.approx(1 / 2)
+    assert x["over_refusal_rate"] == pytest.approx(1 / 2)
+    benign = result.by_source["(benign, sounds dangerous)"]["SO8T"]
+    assert (benign["rows"], benign["over_refusal_rate"]) == (2, 0.5)
+    assert result.confusion == [[2, 0, 1], [0, 1, 0], [1, 0, 1]]
+
+
+def test_failures_are_in_no_figure_of_any_source():
+    result = evaluate("set", SIX, by_hand(SCORES, failed={0, 5}), None, None)
+    assert result.overall["SO8T"]["rows"] == 4
+    assert result.overall["SO8T"]["failures"] == 2
+    assert result.by_source["x"]["SO8T"]["failures"] == result.by_source["y"]["SO8T"]["failures"] == 1
+    assert sum(map(sum, result.confusion)) == 4
+
+
+def test_a_single_class_in_a_source_gives_nan_figures_that_become_null():
+    records = [Record("a", Label.REFUSE, source="only"), Record("b", Label.ALLOW, source="other")]
+    result = evaluate("set", records, by_hand([[0.1, 0.1, 0.8], [0.9, 0.05, 0.05]]), None, None)
+    only = result.by_source["only"]["SO8T"]
+    assert math.isnan(only["over_refusal_rate"])
+    assert math.isnan(only["recall_escalate"])
+    text = json.dumps(result.as_json(), allow_nan=False)
+    assert json.loads(text)["by_source"]["only"]["SO8T"]["over_refusal_rate"] is None
+    assert json.loads(text)["labels"] == ["ALLOW", "ESCALATE", "REFUSE"]
+
+
+@pytest.fixture
+def full(model, template):
+    """Everything that a run prints, on the tiny base."""
+    cache = PrefixCache(model.base, 1.0)
+    features = frozen_features(model, RECORDS, template, batch_size=4, cache=cache)
+    baselines = Baselines.fit(RECORDS, features)
+    predictions = predict(model, RECORDS, template, batch_size=4, cache=cache)
+    return evaluate("the set", RECORDS, predictions, baselines, features)
+
+
+def test_baselines_and_constant_classifiers_stand_beside_every_evaluation(full):
+    beside = ["SO8T", "TF-IDF", "frozen probe", "context only", "always ALLOW", "always ESCALATE", "always REFUSE"]
+    assert list(full.overall) == beside
+    text = printed(full)
+    assert "the set: 10 rows" in text
+    for title in ("macro-F1", "false allow", "over-refusal", "refuse recall", "escalate recall", "AUROC", "ECE"):
+        assert title in text
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
+    rows = {cells[0]: cells[1:] for cells in lines}
+    for name in beside:
+        assert rows[name][0] == f"{full.overall[name]['macro_f1']:.3f}"
+    assert "(benign, sounds dangerous)" in rows
+
+
+def test_by_source_the_baselines_are_printed_too(full):
+    assert set(full.by_source) == {"a", "b", "c", "(benign, sounds dangerous)"}
+    assert all({"SO8T", "TF-IDF", "frozen probe"} <= set(table) for table in full.by_source.values())
+    assert sum(full.by_source[s]["SO8T"]["rows"] for s in "abc") == len(RECORDS)
+
+
+def test_the_baselines_are_judged_on_the_same_rows_by_the_same_figures(full):
+    assert {figures["rows"] for figures in full.overall.values()} == {10.0}
+    assert full.overall["TF-IDF"]["macro_f1"] > full.overall["always ALLOW"]["macro_f1"]
+    assert full.overall["always ALLOW"]["false_allow_rate"] == 1.0
+    assert full.overall["always REFUSE"]["over_refusal_rate"] == 1.0
+    assert set(full.as_json()["baselines"]) == set(full.overall) - {"SO8T"}
+
+
+def test_without_fitted_baselines_the_constants_are_there_still():
+    result = evaluate("set", SIX, by_hand(SCORES), None, None)
+    assert list(result.overall) == ["SO8T", "always ALLOW", "always ESCALATE", "always REFUSE"]
+    assert "always REFUSE" in printed(result)
