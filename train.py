@@ -4,7 +4,6 @@ Composes the configuration in `conf/` with Hydra, then `so8t.training.train` tel
 """
 
 import os
-import sys
 
 import hydra
 from hydra.errors import HydraException
@@ -37,4 +36,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run()

@@ -183,14 +183,14 @@ def evaluate_run(
         write_predictions(run / f"{part}_predictions.jsonl", records, predictions)
         plot_confusion(
             result.confusion,
-            f"{title}: macro-F1 {result.overall['SO8T']['macro_f1']:.3f}",
+            f"{title}: macro-F1 {result.overall['SO8T'].get('macro_f1', float('nan')):.3f}",
             run / "plots" / f"confusion_{part}.png",
         )
         metrics |= {f"{part}/{k}": v for k, v in result.overall["SO8T"].items()}
         metrics |= {
             f"{part}/{who.replace(' ', '_').lower()}_macro_f1": v["macro_f1"]
             for who, v in result.overall.items()
-            if who != "SO8T"
+            if who != "SO8T" and "macro_f1" in v
         }
         log_evaluation(loggers, part, result, run)
     return metrics

@@ -61,7 +61,9 @@ class PrefixCache:
         """All rows that are kept, in shared memory."""
         rows = list(self._rows.values())
         ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
-        return SharedRows(list(self._rows), ends, torch.cat(rows).share_memory_())
+        states = torch.cat(rows)
+        states.share_memory_()  # type: ignore[no-untyped-call]
+        return SharedRows(list(self._rows), ends, states)
 
     def adopt(self, shared: SharedRows) -> None:
         """Takes over rows that another process computed with the same base and cut; they do not count as kept here."""

