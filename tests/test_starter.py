@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.tree import DecisionTreeClassifier
 
 from so8t.data.records import Record
 from so8t.data.sources import load_starter
@@ -99,10 +100,10 @@ def test_no_row_is_in_a_public_benchmark_to_the_letter_and_none_says_its_own_lab
         assert not any(name in told for name in LABELS), told
 
 
-def grouped_accuracy(features, records: list[Record]) -> float:
+def grouped_accuracy(classifier, features, records: list[Record]) -> float:
     labels = np.array([int(r.safety_label) for r in records])
     groups = [int.from_bytes(str(r.group).encode()[-8:], "big") for r in records]
-    guess = cross_val_predict(LogisticRegression(max_iter=300), features, labels, groups=groups, cv=GroupKFold(5))
+    guess = cross_val_predict(classifier, features, labels, groups=groups, cv=GroupKFold(5))
     return float((guess == labels).mean())
 
 
@@ -121,17 +122,18 @@ def test_the_form_alone_does_not_give_the_label_away(starter):
         ],
         dtype=float,
     )
-    assert grouped_accuracy(features, starter) < 0.42, "a third is chance"
+    tree = DecisionTreeClassifier(max_depth=6, min_samples_leaf=20, random_state=0)
+    assert grouped_accuracy(tree, features, starter) < 0.42, "a third is chance"
 
 
 def test_the_first_two_words_alone_give_little_away(starter):
     english = [r for r in starter if r.language == "en"]
     openings = CountVectorizer(ngram_range=(1, 2)).fit_transform([" ".join(r.user_request.split()[:2]) for r in english])
-    assert grouped_accuracy(openings, english) < 0.45
+    assert grouped_accuracy(MultinomialNB(), openings, english) < 0.45
 
 
 def test_a_context_alone_does_not_give_the_label_away(starter):
     with_context = [r for r in starter if r.context]
     assert len(with_context) >= 100
     features = CountVectorizer(analyzer="char", ngram_range=(2, 4)).fit_transform([r.context for r in with_context])
-    assert grouped_accuracy(features, with_context) < 0.5
+    assert grouped_accuracy(MultinomialNB(), features, with_context) < 0.5
