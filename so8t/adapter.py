@@ -21,8 +21,17 @@ from so8t.files import write_bytes, write_json
 from so8t.gates import GateSpec
 from so8t.labels import LABELS
 from so8t.model import Decisions, HeadSpec, SO8TModel
+from so8t.specs import PositiveInt, spec
 
 FORMAT = 1
+
+
+@spec
+class TemplateSpec:
+    """How requests became tokens in training."""
+
+    max_length: PositiveInt
+    system_prompt: str | None = None
 
 
 def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
@@ -108,7 +117,7 @@ def load_agent(run: Path, *, device: str | None = None) -> Agent:
         base_spec = TypeAdapter(BaseSpec).validate_python(meta["base"])
         gate = TypeAdapter(GateSpec).validate_python(meta["gate"])
         head = TypeAdapter(HeadSpec).validate_python(meta["head"])
-        template_spec = meta["template"]
+        template_spec = TypeAdapter(TemplateSpec).validate_python(meta["template"])
         tensors = load((folder / "adapter.safetensors").read_bytes())
     except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: the adapter is damaged: {str(error).splitlines()[0]}") from None
@@ -131,7 +140,7 @@ def load_agent(run: Path, *, device: str | None = None) -> Agent:
     model.gates.load_state_dict({k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")})
     model.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
     model.requires_grad_(False).eval()
-    template = Template(base.tokenizer, **template_spec)
+    template = Template(base.tokenizer, system_prompt=template_spec.system_prompt, max_length=template_spec.max_length)
     return Agent(model, template, folder)
 
 

@@ -14,6 +14,13 @@ from so8t.errors import SO8TError
 from so8t.labels import LABELS, Label
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="so8t", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -21,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("run", type=Path, help="a run's folder, such as outputs/2026-01-31/12-00-00")
     ask.add_argument("request", help="the request, or - to read it from standard input")
     ask.add_argument("--context", help="what the agent knows of the setting")
-    ask.add_argument("--max-new-tokens", type=int, default=128, help="length of the answer (default 128)")
+    ask.add_argument("--max-new-tokens", type=_positive, default=128, help="length of the answer (default 128)")
     ask.add_argument("--json", action="store_true", help="one JSON object on standard output")
     evaluate = commands.add_parser("evaluate", help="decide every row of a JSONL file and print the metrics")
     evaluate.add_argument("run", type=Path, help="a run's folder")
@@ -29,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="write one prediction a row, in the file's order (JSONL)")
     evaluate.add_argument("--json", action="store_true", help="metrics as JSON on standard output")
     evaluate.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
-    evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--batch-size", type=_positive, default=32)
     return parser
 
 

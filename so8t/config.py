@@ -15,11 +15,15 @@ from so8t.base import BaseSpec
 from so8t.data.datamodule import DataSpec
 from so8t.errors import ConfigError
 from so8t.gates import GateSpec
+from so8t.labels import LABELS
 from so8t.lightning_module import LossSpec
 from so8t.model import HeadSpec
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
 from so8t.specs import Count, Positive, spec
+
+# targets that hand keywords they do not name on to another function
+_PASSES_ON = {"lightning.pytorch.loggers.WandbLogger": "wandb.init"}
 
 Node = dict[str, Any]
 """A section that Hydra instantiates: `_target_` and its arguments, checked against the signature."""
@@ -75,7 +79,8 @@ def validate(composed: DictConfig) -> Config:
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"configuration: {str(error).splitlines()[0]}") from None
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"configuration: {where}{str(error).splitlines()[0]}") from None
     try:
         config = TypeAdapter(Config).validate_python(plain)
     except ValidationError as error:
@@ -102,12 +107,13 @@ def _check_node(path: str, node: Node) -> None:
     target = node.get("_target_")
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"configuration: {path}._target_ must name a class, got {target!r}")
-    module, _, name = target.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls = _imported(target)
     except (ImportError, AttributeError):
         raise ConfigError(f"configuration: {path}._target_: there is no {target}") from None
     takes: set[str] = set()
+    if target in _PASSES_ON:
+        takes |= set(inspect.signature(_imported(_PASSES_ON[target])).parameters)
     for kind in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
         parameters = inspect.signature(kind).parameters if kind is not object else {}
         takes |= set(parameters)
@@ -116,6 +122,11 @@ def _check_node(path: str, node: Node) -> None:
     unknown = sorted(k for k in node if not k.startswith("_") and k not in takes)
     if unknown:
         raise ConfigError(f"configuration: {', '.join(f'{path}.{k}' for k in unknown)}: unknown key of {target}")
+
+
+def _imported(dotted: str) -> Any:  # noqa: ANN401  (a class or a function)
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _check_together(config: Config) -> None:
@@ -130,6 +141,22 @@ def _check_together(config: Config) -> None:
         problems.append("loss.safety_weight and loss.cost_weight are both 0: nothing teaches the head")
     if gate.interior == "both" and not gate.last and loss.task_weight:
         problems.append("gate.last=false leaves no R_cmd for the task loss: set loss.task_weight=0")
+    if gate.interior != "none" and not gate.sites:
+        problems.append("gate.sites is empty: name o_proj or down_proj, or set gate.interior=none")
+    above = [r for r in config.head.reads if r != "last" and not 0 <= r <= gate.top_layers]
+    if above or not config.head.reads:
+        problems.append(f"head.reads={list(config.head.reads)}: choose 'last' and numbers from 0 to {gate.top_layers}")
+    n = len(LABELS)
+    if [len(row) for row in loss.costs] != [n] * n:
+        problems.append(f"loss.costs must be {n} rows of {n} numbers, in the order {', '.join(LABELS)}")
+    if isinstance(loss.class_weights, tuple) and len(loss.class_weights) != n:
+        problems.append(f"loss.class_weights must be {n} numbers, in the order {', '.join(LABELS)}")
+    if not data.sources:
+        problems.append("data.sources is empty: nothing to train on")
+    if config.hw is not None and config.hw.memory_budget_gib > config.hw.memory_gib:
+        problems.append(
+            f"hw.memory_budget_gib={config.hw.memory_budget_gib:g} is more than hw.memory_gib={config.hw.memory_gib:g}"
+        )
     if config.base.source == "hub" and not config.base.model_id:
         problems.append("base.model_id is empty")
     if config.base.source == "random" and config.base.hidden_size % 8:

@@ -34,6 +34,7 @@ def quieten() -> None:
         ".*Trying to infer the `batch_size`.*",
         ".*LeafSpec.*",
         ".*isinstance.treespec.*",
+        ".*in eval mode at the start of training.*",  # the frozen base, and that is intended
         ".*your dataloader is not resumable.*",  # the sampler goes on with the next batch
     ):
         warnings.filterwarnings("ignore", pattern)

@@ -64,6 +64,20 @@ class Predictions:
         return cls(probabilities, probabilities.argmax(-1), no, no, nan, nan)
 
 
+def fill_cache(
+    model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str
+) -> None:
+    """Runs the prefix once over all records, in batches larger than those that training takes; stops when the cache is full."""
+    dataset = RecordDataset(records, template)
+    sampler = LengthSampler([dataset.length(i) for i in range(len(dataset))], batch_size, seed=0, shuffle=False)
+    for rows in track(sampler, description=title, console=Console(stderr=True), transient=True):
+        batch = dataset[rows]
+        kept = len(cache)
+        cache.prefix(batch.tokens.to(model.base.device), batch.mask.to(model.base.device))
+        if len(cache) == kept:
+            break
+
+
 @torch.no_grad()
 def predict(
     model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str = ""

@@ -83,6 +83,7 @@ class SO8TModule(L.LightningModule):
         self.register_buffer("class_weights", _class_weights(loss, class_counts))
         self.inertia = GroupInertia(model.gates, pet.inertia_decay)
         self.cache = PrefixCache(model.base, cache_gib)
+        self._random_state: tuple[Tensor | None, Tensor | None] = (None, None)
         self.val_metrics = SafetyMetrics()
         self.test_metrics = SafetyMetrics()
         self.unseen_metrics = SafetyMetrics()
@@ -109,7 +110,6 @@ class SO8TModule(L.LightningModule):
     @torch.no_grad()
     def standardise(self, batches: Iterable[Batch]) -> None:
         """Measures what the head shifts and scales by on some training rows; call once, before training from scratch."""
-        self.eval()
         columns = []
         for batch in batches:
             batch = move_data_to_device(batch, self.model.base.device)
@@ -301,13 +301,25 @@ class SO8TModule(L.LightningModule):
         return nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Labels travel with every artefact."""
+        """Labels travel with every artefact; the random state, so that dropout goes on where it was."""
         checkpoint["so8t_labels"] = list(LABELS)
+        checkpoint["so8t_random_state"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            checkpoint["so8t_cuda_random_state"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint whose labels have another order."""
         if tuple(checkpoint.get("so8t_labels", ())) != LABELS:
             raise ArtefactError(f"the checkpoint's labels are {checkpoint.get('so8t_labels')}, expected {list(LABELS)}")
+        self._random_state = checkpoint.get("so8t_random_state"), checkpoint.get("so8t_cuda_random_state")
+
+    def on_train_start(self) -> None:
+        """A resumed run draws the numbers that the interrupted one would have drawn."""
+        cpu, cuda = self._random_state
+        if cpu is not None:
+            torch.set_rng_state(cpu.cpu())
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda.cpu(), self.device)
 
 
 def _class_weights(loss: LossSpec, counts: tuple[int, ...]) -> Tensor:

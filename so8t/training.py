@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +25,7 @@ from so8t.console import quieten
 from so8t.data.datamodule import SafetyData
 from so8t.data.records import Record
 from so8t.errors import ArtefactError, HardwareError
-from so8t.evaluation import Evaluation, evaluate, frozen_features, predict, print_evaluation, write_predictions
+from so8t.evaluation import Evaluation, evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
 from so8t.files import write_json, write_text
 from so8t.labels import LABELS
 from so8t.lightning_module import SO8TModule
@@ -71,6 +71,9 @@ def train(composed: DictConfig) -> dict[str, float]:
         cache_gib=config.data.cache_gib,
     )
     print_model(module, console)
+    if wants_every_row(config):
+        size, title = config.data.eval_batch_size, "frozen prefix of the training rows, once"
+        fill_cache(model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
     if config.head.standardise and checkpoint is None:
         module.standardise(data.sample(STANDARDISE_ROWS))
 
@@ -93,6 +96,8 @@ def train(composed: DictConfig) -> dict[str, float]:
         console.print(f'\nrun folder: [bold]{run}[/]   ask it: [bold]so8t ask {run} "how do I kill a python process?"[/]')
     for logger in loggers:
         logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # or the next run of a sweep would go on writing into this one
     return metrics
 
 
@@ -109,6 +114,12 @@ def check_hardware(config: Config) -> None:
             f"{name} needs a CUDA GPU and torch sees none: leave the profile out to run on the CPU, add "
             "trainer.accelerator=cpu to try its settings, or install a CUDA build of torch and its driver"
         )
+
+
+def wants_every_row(config: Config) -> bool:
+    """Whether an epoch takes all training rows as `fill_cache` sees them: then their prefix is computed up front."""
+    part = config.trainer.get("limit_train_batches", 1.0) != 1.0 or config.trainer.get("overfit_batches")
+    return bool(config.data.cache_gib) and not part and config.pet.path == "request"
 
 
 def device_of(config: Config) -> torch.device:

