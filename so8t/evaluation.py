@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from so8t.metrics import SafetyMetrics, constant_baselines, flicker
 from so8t.model import SO8TModel, at_position
 
 SHOWN = (
-    ("macro_f1", "macro-F1"),
+    ("macro_f1", "macro-F1 [95 %]"),
     ("false_allow_rate", "false allow"),
     ("over_refusal_rate", "over-refusal"),
     ("refuse_recall", "refuse recall"),
@@ -125,15 +125,38 @@ def frozen_features(
     return features
 
 
+def macro_f1_interval(
+    labels: Sequence[int], decisions: Sequence[int], *, draws: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % percentile bootstrap of macro-F1 over the classes that have rows (Efron 1979); `None` without rows.
+
+    Rows are drawn with replacement, so the interval speaks of other rows from the same sources, not of other sources.
+    """
+    n, size = len(LABELS), len(labels)
+    if not size:
+        return None
+    cells = np.asarray(labels) * n + np.asarray(decisions)
+    present = np.unique(labels)
+    rng = np.random.default_rng(seed)
+    scores = []
+    for _ in range(draws):
+        matrix = np.bincount(cells[rng.integers(0, size, size)], minlength=n * n).reshape(n, n)
+        both = matrix.sum(0) + matrix.sum(1)
+        f1 = 2 * matrix.diagonal() / np.maximum(both, 1)
+        scores.append(f1[present].mean())
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return float(low), float(high)
+
+
 @dataclass
 class Evaluation:
-    """Figures of one set: overall by classifier, and by source."""
+    """Figures of one set: overall by classifier, and by source; `intervals` are 95 % bootstrap ones of macro-F1."""
 
     name: str
     overall: dict[str, dict[str, float]]
     by_source: dict[str, dict[str, dict[str, float]]]
     confusion: list[list[int]]
-    notes: list[str] = field(default_factory=list)
+    intervals: dict[str, tuple[float, float] | None]
 
     def as_json(self) -> dict[str, object]:
         """Plain values; NaN becomes null."""
@@ -142,6 +165,7 @@ class Evaluation:
             "labels": list(LABELS),
             "metrics": _no_nan(self.overall["SO8T"]),
             "confusion": self.confusion,
+            "macro_f1_95": self.intervals,
             "baselines": {k: _no_nan(v) for k, v in self.overall.items() if k != "SO8T"},
             "by_source": {s: {k: _no_nan(v) for k, v in table.items()} for s, table in self.by_source.items()},
         }
@@ -183,7 +207,11 @@ def evaluate(
     for label, decision, failed in zip(labels, predictions.decisions.tolist(), predictions.failed.tolist(), strict=True):
         if not failed:
             confusion[label, decision] += 1
-    return Evaluation(name, overall, by_source, confusion.tolist())
+    intervals = {}
+    for who, p in tables.items():
+        kept = [i for i, failed in enumerate(p.failed.tolist()) if not failed]
+        intervals[who] = macro_f1_interval([labels[i] for i in kept], p.decisions[kept].tolist())
+    return Evaluation(name, overall, by_source, confusion.tolist(), intervals)
 
 
 def _cell(value: float | None) -> str:
@@ -201,7 +229,10 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for _, title in SHOWN:
         table.add_column(title, justify="right")
     for who, values in evaluation.overall.items():
-        table.add_row(who, *(_cell(values.get(key)) for key, _ in SHOWN), style="bold" if who == "SO8T" else "")
+        cells = [_cell(values.get(key)) for key, _ in SHOWN]
+        if interval := evaluation.intervals.get(who):
+            cells[0] += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+        table.add_row(who, *cells, style="bold" if who == "SO8T" else "")
     console.print(table)
     table = Table(title=f"{evaluation.name}, by source (accuracy; false allow and over-refusal of SO8T)", title_justify="left")
     table.add_column("source")

@@ -59,7 +59,9 @@ TINY_STEPS = ("evaluate=false", "data.batch_size=4", "trainer.max_epochs=1", "tr
 
 
 def test_every_gate_is_logged_from_start_to_end_and_is_under_the_bars(tiny_run):
-    _, run = tiny_run(*TINY_STEPS, "callbacks.group.every_n_steps=2", "optim.gate_lr=0.3", "gate.interior=both")
+    _, run = tiny_run(
+        *TINY_STEPS, "callbacks.group.every_n_steps=2", "optim.gate_lr=0.3", "gate.interior=both", "data.task_rows=2"
+    )
     logged = columns(run, "group/")
     gates = {f"interior.{layer}_{site}" for layer in (2, 3) for site in ("o_proj", "down_proj")} | {"last"}
     for gate in gates:

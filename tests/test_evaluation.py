@@ -4,9 +4,11 @@ import json
 import math
 from io import StringIO
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from sklearn.metrics import f1_score
 
 from so8t.baselines import Baselines
 from so8t.data.cache import PrefixCache
@@ -16,6 +18,7 @@ from so8t.evaluation import (
     Predictions,
     evaluate,
     frozen_features,
+    macro_f1_interval,
     predict,
     print_evaluation,
     write_predictions,
@@ -245,3 +248,17 @@ def test_without_fitted_baselines_the_constants_are_there_still():
     result = evaluate("set", SIX, by_hand(SCORES), None, None)
     assert list(result.overall) == ["SO8T", "always ALLOW", "always ESCALATE", "always REFUSE"]
     assert "always REFUSE" in printed(result)
+
+
+def test_the_interval_of_macro_f1_holds_the_score_narrows_with_rows_and_is_a_point_where_nothing_varies():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    decisions = np.where(rng.random(600) < 0.7, labels, rng.integers(0, 3, 600))
+    widths = []
+    for rows in (150, 600):
+        low, high = macro_f1_interval(labels[:rows].tolist(), decisions[:rows].tolist())
+        assert low < f1_score(labels[:rows], decisions[:rows], average="macro") < high
+        widths.append(high - low)
+    assert 0.35 < widths[1] / widths[0] < 0.7, "about 1 / sqrt(4)"
+    assert macro_f1_interval([0, 1, 2] * 50, [0, 1, 2] * 50) == (1.0, 1.0)
+    assert macro_f1_interval([], []) is None
