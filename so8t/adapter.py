@@ -74,12 +74,15 @@ class Agent:
         return self.model.decide(output, torch.tensor([len(encoded.tokens) - 1], device=tokens.device))
 
     @torch.no_grad()
-    def answer(self, request: str, context: str | None = None, *, max_new_tokens: int = 128) -> str:
-        """What the agent says behind all its gates: greedy, with the base's own `generate`."""
+    def answer(self, request: str, context: str | None = None, *, max_new_tokens: int = 128, gated: bool = False) -> str:
+        """What the agent says, greedy, with the base's own `generate`: the intact base, or behind all gates (`gated`).
+
+        Behind large interior rotations the base loses its language, and `R_cmd` alone cannot bring it back.
+        """
         encoded = self.template.encode(request, context)
         tokens = torch.tensor([encoded.tokens], device=self.model.base.device)
         tokenizer = self.template.tokenizer
-        with self.model.task_path():
+        with self.model.task_path() if gated else self.model.without_gates():
             out = self.model.base.causal_lm.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),

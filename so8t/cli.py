@@ -29,6 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("request", help="the request, or - to read it from standard input")
     ask.add_argument("--context", help="what the agent knows of the setting")
     ask.add_argument("--max-new-tokens", type=_positive, default=128, help="length of the answer (default 128)")
+    ask.add_argument(
+        "--gated", action="store_true", help="answer behind all gates (R_cmd included) instead of from the intact base"
+    )
     ask.add_argument("--json", action="store_true", help="one JSON object on standard output")
     evaluate = commands.add_parser("evaluate", help="decide every row of a JSONL file and print the metrics")
     evaluate.add_argument("run", type=Path, help="a run's folder")
@@ -52,7 +55,7 @@ def _ask(args: argparse.Namespace) -> None:
     probabilities = {name: float(decisions.probabilities[0, k]) for k, name in enumerate(LABELS)}
     answer = None
     if label is Label.ALLOW:
-        answer = agent.answer(request, args.context, max_new_tokens=args.max_new_tokens)
+        answer = agent.answer(request, args.context, max_new_tokens=args.max_new_tokens, gated=args.gated)
     if args.json:
         out = {"user_request": request, "decision": label.name, "probabilities": probabilities, "answer": answer}
         if bool(decisions.failed[0]):

@@ -78,7 +78,7 @@ def test_ask_for_people_has_decision_and_probabilities_on_the_first_line(so8t, a
     assert out.splitlines()[0].startswith("ALLOW   ALLOW 0.787")
 
 
-def test_ask_answers_with_the_gates_on_the_task_path(finished_run, so8t, always):
+def test_ask_answers_from_the_intact_base_or_when_asked_behind_the_gates(finished_run, so8t, always):
     from so8t.adapter import load_agent
 
     run = always("ALLOW")
@@ -86,10 +86,13 @@ def test_ask_answers_with_the_gates_on_the_task_path(finished_run, so8t, always)
     tensors = load_file(path)
     torch.manual_seed(0)
     tensors["gates.last.cmd.coords"] = torch.randn_like(tensors["gates.last.cmd.coords"])
-    plain = load_agent(run).answer("bake bread", max_new_tokens=12)
+    agent = load_agent(run)
+    plain, gated = (agent.answer("bake bread", max_new_tokens=12, gated=gated) for gated in (False, True))
     save_file(tensors, path)
+    _, out, _ = so8t("ask", run, "bake bread", "--json", "--max-new-tokens", "12", "--gated")
+    assert json.loads(out)["answer"] != gated, "R_cmd turns what is said behind the gates"
     _, out, _ = so8t("ask", run, "bake bread", "--json", "--max-new-tokens", "12")
-    assert json.loads(out)["answer"] != plain, "R_cmd turns what is said"
+    assert json.loads(out)["answer"] == plain, "and nothing that the base says"
 
 
 def test_ask_reads_a_request_from_standard_input(so8t, finished_run, monkeypatch):

@@ -274,7 +274,7 @@ def test_the_language_model_loss_overfits_to_almost_nothing_and_then_the_agent_s
     assert value.item() < 0.02
     agent = Agent(model.eval(), template, tmp_path)
     for record in records:
-        assert agent.answer(record.user_request) == record.task_output
+        assert agent.answer(record.user_request, gated=True) == record.task_output
         tokens = template.encode(record.user_request, suffix=RATIONALE_INSTRUCTION).tokens
         with model.task_path(), torch.no_grad():
             out = base.causal_lm.generate(torch.tensor([tokens]), max_new_tokens=30, do_sample=False, pad_token_id=0)
