@@ -93,17 +93,13 @@ def load_data(config: Config) -> SafetyData:
     return data
 
 
-def all_rows(data: SafetyData) -> list:
-    return [*data.train, *data.val, *data.test, *data.unseen]
-
-
 def prefix_of_everything(config: Config, data: SafetyData, console: Console) -> dict[str, object]:
     """The prefix's output of every row, in shared memory, and what the baselines score."""
     base = load_base(config.base, cut=config.gate.top_layers)
     data.use_tokenizer(base.tokenizer)
     model = SO8TModel(base, validate(composed(["gate=none", "loss.task_weight=0"], ROOT / "outputs")).gate, config.head)
     cache = PrefixCache(base, 64.0)
-    rows = all_rows(data)
+    rows = [*data.train, *data.val, *data.test, *data.unseen]
     dataset = RecordDataset(rows, data.template)
     sampler = LengthSampler([dataset.length(i) for i in range(len(rows))], 32, seed=0, shuffle=False)
     # without gates the place of the cut changes nothing, so that variant is cut below the last layer alone
@@ -166,7 +162,6 @@ def one_run(variant: str, seed: int, overrides: list[str], shared: object, threa
             predictions = predict(model, records, data.template, batch_size=32, cache=module.cache)
             figures = evaluate(part, records, predictions, None, None)
             result[part] = {k: figures.overall["SO8T"].get(k) for k in FIGURES}
-            result[f"{part}_wrong"] = (predictions.decisions != torch.tensor([int(r.safety_label) for r in records])).tolist()
             if "(benign, sounds dangerous)" in figures.by_source:
                 result[part]["sounds_dangerous_allowed"] = figures.by_source["(benign, sounds dangerous)"]["SO8T"]["accuracy"]
         return result
