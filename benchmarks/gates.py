@@ -1,10 +1,10 @@
 """What the gates are worth: the default run's head, data, loss and steps with gates, without (`gate=none`), and with PEFT LoRA.
 
-    .venv/bin/python -m benchmarks.gates [--seeds 0 1 2] [--variants gates none lora] [--workers 2] [OVERRIDE ...]
+    .venv/bin/python -m benchmarks.gates [--seeds 0 1 2] [--variants gates none lora] [OVERRIDE ...]
 
 Every variant is trained by the project's own `SO8TModule` and trainer, selected by its own validation, and scored on the mixed
 test split and on the unseen source; TF-IDF and the frozen probe, fitted on the same rows, stand beside them. The prefix is
-computed once and shared. Writes `results/gates.json` and `results/gates.png`; each finished run is kept at once.
+computed once, into the cache on disk. Writes `results/gates.json` and `results/gates.png`; each finished run is kept at once.
 """
 
 import argparse
@@ -13,32 +13,26 @@ import platform
 import statistics
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import torch
-import torch.multiprocessing as mp
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
-from so8t.base import load_base
 from so8t.baselines import Baselines
 from so8t.config import Config, validate
 from so8t.console import quieten
-from so8t.data.cache import PrefixCache
-from so8t.data.datamodule import LengthSampler, RecordDataset, SafetyData
+from so8t.data.datamodule import SafetyData
 from so8t.evaluation import evaluate, frozen_features, predict
 from so8t.files import write_json
-from so8t.labels import LABELS
 from so8t.lightning_module import SO8TModule
-from so8t.model import SO8TModel
-from so8t.training import STANDARDISE_ROWS, restore_best
+from so8t.training import build, load_data, prepare, restore_best
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +41,7 @@ FIGURES = ("macro_f1", "false_allow_rate", "over_refusal_rate", "accuracy")
 LORA_RANK = 8
 OVERRIDES = {
     "gates": [],
-    "none": ["gate=none", "gate.top_layers=1", "loss.task_weight=0"],
+    "none": ["gate=none", "loss.task_weight=0"],
     # rotations and low-rank updates want different step sizes: 1e-3 is at the upper end of what LoRA is trained with
     "lora": ["gate=none", "loss.task_weight=0", "optim.gate_lr=0.001", "optim.gate_weight_decay=0.0"],
 }
@@ -87,70 +81,19 @@ def composed(overrides: list[str], folder: Path) -> DictConfig:
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
 
 
-def load_data(config: Config) -> SafetyData:
-    data = SafetyData(config.data, seed=config.seed)
-    data.setup()
-    return data
-
-
-def prefix_of_everything(config: Config, data: SafetyData, console: Console) -> dict[str, object]:
-    """The prefix's output of every row, in shared memory, and what the baselines score."""
-    base = load_base(config.base, cut=config.gate.top_layers)
-    data.use_tokenizer(base.tokenizer)
-    model = SO8TModel(base, validate(composed(["gate=none", "loss.task_weight=0"], ROOT / "outputs")).gate, config.head)
-    cache = PrefixCache(base, 64.0)
-    rows = [*data.train, *data.val, *data.test, *data.unseen]
-    dataset = RecordDataset(rows, data.template)
-    sampler = LengthSampler([dataset.length(i) for i in range(len(rows))], 32, seed=0, shuffle=False)
-    # without gates the place of the cut changes nothing, so that variant is cut below the last layer alone
-    below_last = PrefixCache(base, 64.0)
-    begun = time.perf_counter()
-    with torch.no_grad():
-        for batch in sampler:
-            tokens, mask = dataset[batch].tokens, dataset[batch].mask
-            hidden = cache.prefix(tokens, mask)
-            context = base._context(hidden, mask)
-            for layer in base.suffix_layers[:-1]:
-                hidden = layer(hidden, **context)
-            below_last.put(tokens, mask, hidden)
-    console.print(f"prefix of {len(rows)} rows: {time.perf_counter() - begun:.0f} s")
-    features = {
-        part: frozen_features(model, getattr(data, part), data.template, batch_size=32, cache=cache)
-        for part in ("train", "test", "unseen")
-    }
-    baselines = Baselines.fit(data.train, features["train"])
-    scores = {}
-    for part in ("test", "unseen"):
-        records = getattr(data, part)
-        by_name = baselines.probabilities(records, features[part])
-        labels = np.array([int(r.safety_label) for r in records])
-        scores[part] = {name: (probabilities.numpy(), labels) for name, probabilities in by_name.items()}
-    return {"cache": {"gates": cache.shared(), "none": below_last.shared()}, "baselines": scores}
-
-
-def one_run(variant: str, seed: int, overrides: list[str], shared: object, threads: int) -> dict[str, object]:
-    """Trains and scores one variant; runs in a process of its own."""
-    torch.set_num_threads(threads)
-    quieten()
+def one_run(variant: str, seed: int, overrides: list[str]) -> dict[str, object]:
+    """Trains and scores one variant."""
     with tempfile.TemporaryDirectory() as folder:
         raw = composed([*overrides, *OVERRIDES[variant], f"seed={seed}"], Path(folder))
         config = validate(raw)
         L.seed_everything(seed, workers=True, verbose=False)
         data = load_data(config)
-        base = load_base(config.base, cut=config.gate.top_layers)
-        data.use_tokenizer(base.tokenizer)
-        model = SO8TModel(base, config.gate, config.head)
-        counts = Counter(int(r.safety_label) for r in data.train)
-        kind = LoraModule if variant == "lora" else SO8TModule
-        module = kind(model, config.loss, config.pet, config.optim, class_counts=tuple(counts[k] for k in range(len(LABELS))))
-        module.cache.adopt(shared["none" if variant == "none" else "gates"])
+        module = build(config, data, LoraModule if variant == "lora" else SO8TModule)
         if isinstance(module, LoraModule):
             module.inject(config.gate.top_layers)
-        module.standardise(data.sample(STANDARDISE_ROWS))
-        callbacks = [instantiate(node) for node in raw.callbacks.values()]
+        prepare(module, config, data, resumed=False)
+        callbacks = [instantiate(node) for name, node in raw.callbacks.items() if name != "learning_rate"]  # it wants a logger
         trainer: L.Trainer = instantiate(raw.trainer, callbacks=callbacks, logger=[])
-        callbacks[:] = [c for c in trainer.callbacks if type(c).__name__ != "LearningRateMonitor"]
-        trainer.callbacks = callbacks
         begun = time.perf_counter()
         trainer.fit(module, data)
         seconds = time.perf_counter() - begun
@@ -159,17 +102,33 @@ def one_run(variant: str, seed: int, overrides: list[str], shared: object, threa
         result: dict[str, object] = {"variant": variant, "seed": seed, "fit_seconds": seconds, "parameters": groups}
         for part in ("val", "test", "unseen"):
             records = getattr(data, part)
-            predictions = predict(model, records, data.template, batch_size=32, cache=module.cache)
+            predictions = predict(module.model, records, data.template, batch_size=32, cache=module.cache)
             figures = evaluate(part, records, predictions, None, None)
             result[part] = {k: figures.overall["SO8T"].get(k) for k in FIGURES}
             if "(benign, sounds dangerous)" in figures.by_source:
                 result[part]["sounds_dangerous_allowed"] = figures.by_source["(benign, sounds dangerous)"]["SO8T"]["accuracy"]
+        module.cache.flush()
         return result
 
 
-def _work(jobs: "mp.Queue", done: "mp.Queue", overrides: list[str], shared: object, threads: int) -> None:
-    while (job := jobs.get()) is not None:
-        done.put(one_run(*job, overrides, shared, threads))
+def baseline_figures(config: Config, data: SafetyData) -> dict[str, dict[str, float]]:
+    """Macro-F1 of TF-IDF, the frozen probe and the constants, fitted on the same rows."""
+    module = build(config, data)
+    prepare(module, config, data, resumed=False)
+    features = {
+        part: frozen_features(module.model, getattr(data, part), data.template, batch_size=32, cache=module.cache)
+        for part in ("train", "test", "unseen")
+    }
+    module.cache.flush()
+    baselines = Baselines.fit(data.train, features["train"])
+    figures: dict[str, dict[str, float]] = {}
+    for part in ("test", "unseen"):
+        records = getattr(data, part)
+        labels = [int(r.safety_label) for r in records]
+        for name, probabilities in baselines.probabilities(records, features[part]).items():
+            score = f1_score(labels, probabilities.numpy().argmax(-1), average="macro")
+            figures.setdefault(name, {})[part] = float(score)
+    return figures
 
 
 def spread(values: list[float]) -> str:
@@ -180,7 +139,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=sorted(OVERRIDES), default=["gates", "none", "lora"])
-    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
     parser.add_argument("--name", default="gates", help="name of the files in benchmarks/results")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for every variant")
     args = parser.parse_intermixed_args()
@@ -188,48 +146,22 @@ def main() -> None:
     console = Console()
     config = validate(composed(args.overrides, ROOT / "outputs"))
     data = load_data(config)
-    shared = prefix_of_everything(config, data, console)
-
-    context = mp.get_context("spawn")
-    jobs, done = context.Queue(), context.Queue()
-    todo = [(variant, seed) for seed in args.seeds for variant in args.variants]
-    for job in [*todo, *[None] * args.workers]:
-        jobs.put(job)
-    threads = max(1, (os.cpu_count() or 1) // args.workers)
-    workers = [
-        context.Process(target=_work, args=(jobs, done, args.overrides, shared["cache"], threads)) for _ in range(args.workers)
-    ]
-    for worker in workers:
-        worker.start()
     out = {
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {platform.python_version()}, torch {torch.__version__}",
         "overrides": args.overrides,
         "rows": {part: len(getattr(data, part)) for part in ("train", "val", "test", "unseen")},
         "config": OmegaConf.to_container(composed(args.overrides, Path("outputs")), resolve=True),
-        "baselines": baseline_figures(shared["baselines"]),
+        "baselines": baseline_figures(config, data),
         "runs": [],
     }
-    for _ in todo:
-        run = done.get()
-        out["runs"].append(run)
-        write_json(RESULTS / f"{args.name}.json", out)
-        figures = {part: {k: round(v, 3) for k, v in run[part].items() if v is not None} for part in ("test", "unseen")}
-        console.print(f"{run['variant']} seed {run['seed']} ({run['fit_seconds']:.0f} s): {figures}")
-    for worker in workers:
-        worker.join()
+    for seed in args.seeds:
+        for variant in args.variants:
+            run = one_run(variant, seed, args.overrides)
+            out["runs"].append(run)
+            write_json(RESULTS / f"{args.name}.json", out)
+            figures = {p: {k: round(v, 3) for k, v in run[p].items() if v is not None} for p in ("val", "test", "unseen")}
+            console.print(f"{run['variant']} seed {run['seed']} ({run['fit_seconds']:.0f} s): {figures}")
     report(out, console, RESULTS / f"{args.name}.png")
-
-
-def baseline_figures(scores: dict) -> dict[str, dict[str, float]]:
-    from sklearn.metrics import f1_score
-
-    return {
-        name: {
-            part: float(f1_score(scores[part][name][1], scores[part][name][0].argmax(-1), average="macro"))
-            for part in ("test", "unseen")
-        }
-        for name in scores["test"]
-    }
 
 
 def report(out: dict, console: Console, picture: Path) -> None:
