@@ -1,7 +1,7 @@
 """A frozen base without its weights: the right tensors in the right places, filled with arbitrary numbers.
 
-Built from a configuration alone. Under fake tensors it costs nothing and is what `so8t.memory` plans with; with real ones it
-is what `benchmarks/memory.py` measures on a GPU.
+Built from a configuration alone. On the `meta` device it costs nothing and is what `so8t.memory` plans with; on a GPU it is
+what `benchmarks/memory.py` measures.
 """
 
 from collections.abc import Iterator

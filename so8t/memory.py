@@ -1,18 +1,20 @@
 """Predicts the peak memory of training without a GPU and without weights.
 
 The base is built from its configuration alone (`so8t.blank`); everything else is the code that trains: `SplitBase`,
-`SO8TModel`, `SO8TModule.loss_terms`, its optimiser. Under fake tensors nothing is computed and nothing allocated, but every
-tensor that a real step would allocate passes a `ByteTracker`, so plan and code cannot drift apart. Left out: what CUDA
-takes for itself, scratch inside kernels, fragmentation. The margin is for those.
+`SO8TModel`, `SO8TModule.loss_terms`, its optimiser. All tensors are on PyTorch's `meta` device: nothing is computed and nothing
+allocated, but every tensor that a real step would allocate passes a `ByteTracker`, so plan and code cannot drift apart.
+Left out: what CUDA takes for itself, scratch inside kernels, fragmentation. The margin is for those.
 """
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from so8t.base import SplitBase
@@ -72,11 +74,6 @@ class Plan:
         return sum(self.parts.values())
 
     @property
-    def fixed_gib(self) -> float:
-        """What no batch or sequence can make smaller: the weights."""
-        return sum(size for part, size in self.parts.items() if part.startswith("weights"))
-
-    @property
     def needed_gib(self) -> float:
         """The peak with its margin."""
         return self.peak_gib * (1 + MARGIN)
@@ -113,40 +110,58 @@ def plan(config: Config, *, card_gib: float | None = None) -> Plan:
 
 def _peaks(config: Config, *, on_gpu: bool) -> dict[str, dict[str, int]]:
     """Bytes by part at the peak of each phase."""
-    device = torch.device("cpu")  # fake tensors of a GPU need a CUDA build of torch; their sizes are the same
+    device = torch.device("meta")
     shape, left_out = _shortened(base_config(config.base), config.gate.top_layers)
-    with_head, fake = bool(config.loss.task_weight), FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        base = blank_base(config.base, shape, cut=config.gate.top_layers, device=device, on_gpu=on_gpu, with_head=with_head)
-    module = module_of(config, base)
+    with_head = bool(config.loss.task_weight)
+    base = blank_base(config.base, shape, cut=config.gate.top_layers, device=device, on_gpu=on_gpu, with_head=with_head)
+    module = module_of(config, base).to(device)
+    vocabulary = shape.get_text_config().vocab_size
+    tracker = ByteTracker(vocabulary=vocabulary, granularity=CUDA_BLOCK if on_gpu else 1, assume=True)
+    if isinstance(base.decoder.embed_tokens, HostEmbedding):
+        tracker.ignore([base.decoder.embed_tokens.weight])
+    for part, tensor in weights_by_part(base, base.causal_lm):
+        tracker.add([tensor], part)
+    for part, tensor in weights_by_part(base, base.prefix_layers[0]) if left_out else ():
+        tracker.add_bytes(left_out * tensor.untyped_storage().nbytes(), part)
+    tracker.add([*module.parameters(), *module.buffers()], "trained")
     peaks = {}
-    with fake:
-        _make_fake(module)
-        vocabulary = shape.get_text_config().vocab_size
-        tracker = ByteTracker(vocabulary=vocabulary, granularity=CUDA_BLOCK if on_gpu else 1, assume=True)
-        if isinstance(base.decoder.embed_tokens, HostEmbedding):
-            tracker.ignore([base.decoder.embed_tokens.weight])
-        for part, tensor in weights_by_part(base, base.causal_lm):
-            tracker.add([tensor], part)
-        for part, tensor in weights_by_part(base, base.prefix_layers[0]) if left_out else ():
-            tracker.add_bytes(left_out * tensor.untyped_storage().nbytes(), part)
-        tracker.add([*module.parameters(), *module.buffers()], "trained")
-        with tracker:
-            optimizer = warm_up(module, tracker)  # stays referenced: its averages are alive in every step
-            for phase, step, rows in (
-                ("training step", training_step, config.data.batch_size),
-                ("validation batch", validation_step, config.data.eval_batch_size),
-            ):
-                module.train(phase == "training step")
-                batch = longest_batch(config, rows, device)
-                if batch.task is not None:  # answers and the ends of their turns
-                    targets = batch.task.targets
-                    tracker.selected = {targets.shape: targets.shape[0] * (config.data.max_length + 1)}
-                tracker.restart()
-                step(module, batch)
-                peaks[phase] = tracker.at_peak
-        del optimizer
+    with fused_attention(), tracker:
+        optimizer = warm_up(module, tracker)  # stays referenced: its averages are alive in every step
+        for phase, step, rows in (
+            ("training step", training_step, config.data.batch_size),
+            ("validation batch", validation_step, config.data.eval_batch_size),
+        ):
+            module.train(phase == "training step")
+            batch = longest_batch(config, rows, device)
+            if batch.task is not None:  # answers and the ends of their turns
+                targets = batch.task.targets
+                tracker.selected = {targets.shape: targets.shape[0] * (config.data.max_length + 1)}
+            tracker.restart()
+            step(module, batch)
+            peaks[phase] = tracker.at_peak
+    del optimizer
     return peaks
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, attention is fused although tensors have no data: on `meta` PyTorch would take the one that holds `T x T`
+    weights a head. CPU and CUDA have kernels that keep the output and one number a query; this is the CPU's."""
+    whole = F.scaled_dot_product_attention
+
+    def fused(
+        q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, scale: float | None, is_causal: bool, **_: object
+    ) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(q.dtype)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = whole  # type: ignore[assignment]
 
 
 def _shortened(shape: PreTrainedConfig, cut: int) -> tuple[PreTrainedConfig, int]:
@@ -163,18 +178,7 @@ def _shortened(shape: PreTrainedConfig, cut: int) -> tuple[PreTrainedConfig, int
     return short, left_out
 
 
-def _make_fake(module: nn.Module) -> None:
-    """Gates and head are real until here: `Module.to`, which `SO8TModel` calls, cannot move fake parameters."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                setattr(part, name, nn.Parameter(torch.empty_like(parameter)))
-        for name, buffer in part.named_buffers(recurse=False):
-            if not isinstance(buffer, FakeTensor):
-                setattr(part, name, torch.empty_like(buffer))
-
-
-# -- one step, real or fake --------------------------------------------------------------------------------------------
+# -- one step, real or planned -----------------------------------------------------------------------------------------
 
 
 def module_of(config: Config, base: SplitBase) -> SO8TModule:

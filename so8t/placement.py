@@ -41,7 +41,7 @@ class HostEmbedding(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         # a buffer: transformers takes the first parameter's device for the device of the model
-        self.register_buffer("weight", weight.detach().cpu())
+        self.register_buffer("weight", weight.detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostEmbedding":
         return self  # `model.to(device)` passes by
@@ -86,7 +86,7 @@ def quantized_linear(weight: Tensor, *, dtype: torch.dtype, double: bool, device
 
 def settle(causal_lm: Any, where: Placement, quantized: Callable[[Tensor], nn.Module]) -> None:  # noqa: ANN401
     """Puts embedding and lm_head of a transformers model into place; `quantized` makes an NF4 layer of `[rows, D]`."""
-    weight = causal_lm.lm_head.weight
+    weight, embedding = causal_lm.lm_head.weight, causal_lm.model.embed_tokens.weight
     if where.head == "nf4":
         # no taller than the MLP's projections, so that a slice's dequantised buffer is not the largest there is
         tallest = int(causal_lm.config.get_text_config().intermediate_size)
@@ -95,7 +95,7 @@ def settle(causal_lm: Any, where: Placement, quantized: Callable[[Tensor], nn.Mo
     elif where.head == "absent":
         causal_lm.lm_head = AbsentHead()
     if where.embedding == "host":
-        causal_lm.model.embed_tokens = HostEmbedding(causal_lm.model.embed_tokens.weight)
+        causal_lm.model.embed_tokens = HostEmbedding(embedding if embedding.is_meta else embedding.cpu())
 
 
 __all__ = ["AbsentHead", "HostEmbedding", "Placement", "SlicedHead", "placement", "quantized_linear", "settle"]

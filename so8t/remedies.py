@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from so8t.config import Config
-from so8t.memory import MARGIN, Plan, plan
+from so8t.memory import Plan, plan
 from so8t.shapes import NAMED
 
 Change = dict[str, Any]
@@ -79,7 +79,8 @@ def remedies(config: Config, first: Plan, *, card_gib: float | None = None) -> l
             enough.append(_remedy(change, single[key]))
     if enough:
         return enough
-    if min((p.fixed_gib for p in single.values()), default=first.fixed_gib) * (1 + MARGIN) <= first.budget_gib:
+    everything = changed(config, {key: value for change in changes(config) for key, value in change.items()})
+    if plan(everything, card_gib=card_gib).fits:
         together = _together(config, first, card_gib)
         if together is not None:
             return [together]

@@ -1,6 +1,6 @@
 """`ByteTracker`: the tensor bytes that are alive while code runs under it, by what they are for, and their peak.
 
-Works on real tensors and on fake ones (`torch._subclasses.FakeTensorMode`), on any device, and sees every storage that an
+Works on real tensors and on those of the `meta` device, which have none, and sees every storage that an
 operation hands back. What a kernel takes and gives back inside one operation is invisible to it, but for the product with
 a 4-bit weight, which is taken apart here as bitsandbytes computes it. Knows nothing of bases, gates or losses.
 """
@@ -32,7 +32,7 @@ class ByteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         vocabulary: width of logits; 0 labels none.
         granularity: sizes are rounded up to multiples of this many bytes (512 in PyTorch's CUDA allocator).
-        assume: on fake tensors, stand in for what only real numbers could tell: a condition is true, a mask selects all,
+        assume: on `meta`, stand in for what only real numbers could tell: a condition is true, a mask selects all,
             or as many as `selected` says for masks of its shape.
     """
 
@@ -124,13 +124,12 @@ class ByteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _assumed(self, func: object, args: Any) -> Any:  # noqa: ANN401
-        """What a fake operation would give if its numbers were known; `None` where only shapes matter."""
+        """What an operation without data cannot know; `None` where only shapes matter."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
         if func is torch.ops.aten.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
             values, mask = args[0], args[1][0]
             return values.new_empty(self.selected.get(mask.shape, mask.numel()), *values.shape[mask.dim() :])
-        # bitsandbytes has fakes of its own for these, but they are not cached and take most of the time
         if func is _DEQUANTISE_4BIT:
             return torch.empty(args[4], dtype=args[5], device=args[0].device)
         if func is _DEQUANTISE_SCALES:
