@@ -1,7 +1,7 @@
 """`so8t plan`: predicted peaks against what real steps allocate, the sizes of the bases, the bars, what the command says."""
 
-import gc
 import json
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -9,16 +9,16 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+import benchmarks.memory
 from so8t import memory, training
-from so8t.base import load_base, stored_tensors
+from so8t.base import load_base
 from so8t.cli import main
 from so8t.config import Config, compose_train, validate
 from so8t.errors import BaseModelError, ConfigError, HardwareError
 from so8t.losses import language_model_loss
-from so8t.memory import GIB, MARGIN, Plan, longest_batch, module_of, plan, training_step, validation_step
+from so8t.memory import GIB, MARGIN, Plan, plan
 from so8t.placement import AbsentHead, HostEmbedding, SlicedHead, placement, settle
 from so8t.remedies import changed, changes, remedies
 from so8t.shapes import SHAPES, base_config
@@ -43,58 +43,23 @@ def planned(*overrides: str) -> Plan:
 # -- against reality ---------------------------------------------------------------------------------------------------
 
 
-def held(*tensors: torch.Tensor) -> int:
-    """Bytes of storages, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def allocated(act) -> int:
-    """Peak of what PyTorch's own CPU allocator reports while `act` runs, above what was there before."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        act()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def test_the_plan_is_within_a_tenth_of_what_a_real_nf4_step_allocates(real_base):
     settings = config(*CPU, "data.max_length=64", "data.batch_size=2", "data.eval_batch_size=3")
     guess = plan(settings)
-    module = module_of(settings, real_base)
-    try:
-        optimizer = memory.warm_up(module, ByteTracker())
-        averages = [value for state in optimizer.state.values() for value in state.values()]
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        weights = [t for _, t in stored_tensors(real_base)]
-        there = held(*weights, *module.parameters(), *module.buffers(), *gradients, *averages)
-        for phase, step, rows in (("training step", training_step, 2), ("validation batch", validation_step, 3)):
-            module.train(phase == "training step")
-            batch = longest_batch(settings, rows, torch.device("cpu"))
-            above = allocated(lambda step=step, batch=batch: step(module, batch))
-            total = sum(guess.phases[phase].values()) * GIB
-            assert total == pytest.approx(there + above, rel=0.1), phase
-            # the weights are easy: what comes and goes is right by itself, too
-            assert total - there == pytest.approx(above, rel=0.1), phase
-    finally:
-        module.model.gates.detach()
+    there, above = benchmarks.memory.measure_cpu(settings, real_base)
+    for phase, parts in guess.phases.items():
+        total = sum(parts.values())
+        assert total == pytest.approx(there + above[phase], rel=0.1), phase
+        # the weights are easy: what comes and goes is right by itself, too
+        assert total - there == pytest.approx(above[phase], rel=0.1), phase
 
 
 @pytest.mark.parametrize("overrides", [("loss.task_weight=0",), ("loss.task_reaches=all", "pet.target=hidden")])
 def test_it_is_so_for_other_losses_and_a_random_base(overrides):
     settings = config(*SMALL, "data.max_length=64", "data.batch_size=4", "data.eval_batch_size=4", *overrides)
-    guess = plan(settings)
-    module = module_of(settings, load_base(settings.base, cut=2))
-    memory.warm_up(module, ByteTracker())
-    batch = longest_batch(settings, 4, torch.device("cpu"))
-    before = guess.phases["training step"]
-    there = sum(before[part] for part in before if part.startswith("weights") or part in ("trained", "optimizer")) * GIB
-    there += held(*(p.grad for p in module.parameters() if p.grad is not None))
-    above = allocated(lambda: training_step(module.train(), batch))
-    assert sum(before.values()) * GIB - there == pytest.approx(above, rel=0.1)
+    there, above = benchmarks.memory.measure_cpu(settings, load_base(settings.base, cut=2))
+    for phase, parts in plan(settings).phases.items():
+        assert sum(parts.values()) - there == pytest.approx(above[phase], rel=0.1), phase
 
 
 # -- facts about every plan --------------------------------------------------------------------------------------------
@@ -430,3 +395,10 @@ def test_a_mistake_is_told_in_one_line(so8t_plan, arguments, says):
 def test_what_composition_refuses_is_a_configuration_error():
     with pytest.raises(ConfigError, match="configuration: "):
         compose_train(["no_such_group=1"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_the_benchmark_on_a_gpu_says_that_it_needs_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["memory"])
+    with pytest.raises(HardwareError, match=r"CUDA GPU and torch sees none.*--cpu"):
+        benchmarks.memory.main()
