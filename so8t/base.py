@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from transformers import (
 
 from so8t.errors import BaseModelError, FetchError
 from so8t.fetch import Wheel, cache_dir, extract_member
-from so8t.placement import placement, quantized_linear, settle
+from so8t.placement import placement, quantize_linears, quantized_linear, settle
 from so8t.so8 import block_count
 from so8t.specs import Count, PositiveInt, spec
 
@@ -216,7 +217,7 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu", w
         GroupError: its hidden size is not a multiple of 8.
     """
     device = torch.device(device)
-    dtype = compute_dtype(spec, device)
+    dtype, on_gpu = compute_dtype(spec, device), device.type == "cuda"
     where = _location(spec)
     trust = {"trust_remote_code": True} if spec.trust_remote_code else {}
     revision = {"revision": spec.revision} if spec.source == "hub" else {}
@@ -227,9 +228,10 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu", w
         model = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
-            # a base for the GPU is quantised on the host: what stays there, or is left out, never passes through the GPU
+            # for a GPU, weights are mapped from their files and quantised one by one below: what stays on the host, or is
+            # left out, never passes through the GPU
             device_map={"": "cpu"},
-            quantization_config=_quantization_config(spec, dtype),
+            quantization_config=None if on_gpu else _quantization_config(spec, dtype),
             **revision,
             **trust,
         )
@@ -239,13 +241,16 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu", w
             f"base {spec.name}: cannot load {where!r}: {first} "
             "(is the hub reachable, is the folder there? the embedded default is base=smollm2_135m)"
         ) from error
+    quantized = partial(quantized_linear, dtype=dtype, double=spec.double_quantization, device=device)
+    if on_gpu and spec.quantization == "nf4":
+        quantize_linears(model, quantized)
     _check_quantized(model, spec)
     model.requires_grad_(False).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     split = SplitBase(spec, model, tokenizer, cut)
-    where_to = placement(on_gpu=device.type == "cuda", tied=split.tied, quantize_head=spec.quantize_head, with_head=with_head)
-    settle(model, where_to, lambda w: quantized_linear(w, dtype=dtype, double=spec.double_quantization, device=device))
+    parts = placement(on_gpu=on_gpu, tied=split.tied, quantize_head=spec.quantize_head, with_head=with_head)
+    settle(model, parts, quantized)
     nn.Module.to(model, device)
     split.check_split()
     return split

@@ -72,16 +72,25 @@ class AbsentHead(nn.Module):
 
 
 def quantized_linear(weight: Tensor, *, dtype: torch.dtype, double: bool, device: torch.device) -> nn.Module:
-    """A frozen NF4 linear layer without bias: `weight` is `[out, in]`."""
+    """A frozen NF4 linear layer without bias: `weight` `[out, in]` is moved to `device` and quantised there."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     rows, width = weight.shape
     with torch.device("meta"):
         layer = Linear4bit(width, rows, bias=False, compute_dtype=dtype, compress_statistics=double, quant_type="nf4")
-    packed = Params4bit(weight.detach().clone(), requires_grad=False, compress_statistics=double, quant_type="nf4")
+    packed = Params4bit(weight.detach(), requires_grad=False, compress_statistics=double, quant_type="nf4")
     layer.weight = packed.to(device)
     layer.support_avx512bf16_for_cpu = False  # its repacked layout has no backward
     return layer.eval()
+
+
+def quantize_linears(causal_lm: nn.Module, quantized: Callable[[Tensor], nn.Module]) -> None:
+    """Quantises every linear layer but the lm_head, one after the other, as transformers would while it loads."""
+    for name, module in list(causal_lm.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            layer = quantized(module.weight)
+            layer.bias = module.bias
+            causal_lm.set_submodule(name, layer)
 
 
 def settle(causal_lm: Any, where: Placement, quantized: Callable[[Tensor], nn.Module]) -> None:  # noqa: ANN401
@@ -98,4 +107,13 @@ def settle(causal_lm: Any, where: Placement, quantized: Callable[[Tensor], nn.Mo
         causal_lm.model.embed_tokens = HostEmbedding(embedding if embedding.is_meta else embedding.cpu())
 
 
-__all__ = ["AbsentHead", "HostEmbedding", "Placement", "SlicedHead", "placement", "quantized_linear", "settle"]
+__all__ = [
+    "AbsentHead",
+    "HostEmbedding",
+    "Placement",
+    "SlicedHead",
+    "placement",
+    "quantize_linears",
+    "quantized_linear",
+    "settle",
+]

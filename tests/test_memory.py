@@ -3,7 +3,8 @@
 import json
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import benchmarks.memory
 from so8t import memory, training
-from so8t.base import load_base
+from so8t.base import load_base, weights_digest
 from so8t.cli import main
 from so8t.config import Config, compose_train, validate
 from so8t.errors import BaseModelError, ConfigError, HardwareError
 from so8t.losses import language_model_loss
 from so8t.memory import GIB, MARGIN, Plan, plan
-from so8t.placement import AbsentHead, HostEmbedding, SlicedHead, placement, settle
+from so8t.placement import AbsentHead, HostEmbedding, SlicedHead, placement, quantize_linears, quantized_linear, settle
 from so8t.remedies import changed, changes, remedies
 from so8t.shapes import SHAPES, base_config
 from so8t.tracker import ByteTracker
@@ -245,6 +246,21 @@ def test_a_base_settled_as_on_a_gpu_gives_the_same_states(tiny_base):
     assert isinstance(tiny_base.causal_lm.lm_head, AbsentHead)
 
 
+def test_a_base_quantised_layer_by_layer_is_the_one_that_transformers_quantises(tiny_base):
+    plain = load_base(replace(TINY, quantization="none"), cut=2)
+    quantize_linears(plain.causal_lm, partial(quantized_linear, dtype=torch.float32, double=True, device=torch.device("cpu")))
+    assert weights_digest(plain) == weights_digest(tiny_base)
+
+
+def test_biases_are_kept_when_a_layer_is_quantised():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
+    bias, x = model[0].bias.clone(), torch.randn(2, 64)
+    quantize_linears(model, partial(quantized_linear, dtype=torch.float32, double=True, device=torch.device("cpu")))
+    assert torch.equal(model[0](torch.zeros(2, 64)), bias.expand(2, 64))
+    assert model[1].bias is None
+    assert model(x).shape == (2, 64)
+
+
 def test_an_nf4_lm_head_is_its_slices_and_the_base_still_speaks():
     base = load_base(replace(TINY, quantize_head=True), cut=2)
     head = base.causal_lm.lm_head
@@ -402,3 +418,12 @@ def test_the_benchmark_on_a_gpu_says_that_it_needs_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["memory"])
     with pytest.raises(HardwareError, match=r"CUDA GPU and torch sees none.*--cpu"):
         benchmarks.memory.main()
+
+
+def test_the_allocator_is_held_to_the_budget_of_the_profile(monkeypatch):
+    held = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=12 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: held.append(share))
+    training.cap_memory(config(*CARD), torch.device("cuda", 0))
+    training.cap_memory(config(*SMALL), torch.device("cuda", 0))
+    assert held == [pytest.approx(8 / 12)], "and without a profile to nothing"
