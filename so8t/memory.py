@@ -122,7 +122,7 @@ def _peaks(config: Config, *, on_gpu: bool) -> dict[str, dict[str, int]]:
     for part, tensor in weights_by_part(base, base.causal_lm):
         tracker.add([tensor], part)
     for part, tensor in weights_by_part(base, base.prefix_layers[0]) if left_out else ():
-        tracker.add_bytes(left_out * tensor.untyped_storage().nbytes(), part)
+        tracker.add_copies(tensor, left_out, part)
     tracker.add([*module.parameters(), *module.buffers()], "trained")
     peaks = {}
     with fused_attention(), tracker:
@@ -165,9 +165,9 @@ def fused_attention() -> Iterator[None]:
 
 
 def _shortened(shape: PreTrainedConfig, cut: int) -> tuple[PreTrainedConfig, int]:
-    """The same base with one layer below the cut, which stands for all of them, and how many were left out: where layers are
+    """The same base with two layers below the cut, which stand for all of them, and how many were left out: where layers are
     alike, those below the cut add nothing to a peak but their weights."""
-    left_out = max(0, shape.num_hidden_layers - cut - 1)
+    left_out = max(0, shape.num_hidden_layers - cut - 2)
     kinds = getattr(shape, "layer_types", None)
     if not left_out or (kinds and len(set(kinds)) > 1):
         return shape, 0
@@ -192,16 +192,18 @@ def longest_batch(config: Config, rows: int, device: torch.device) -> Batch:
     """The largest batch that `rows` rows can make: every prompt and every answer at `data.max_length`."""
     longest = config.data.max_length * (2 if config.pet.path == "request_and_answer" else 1)
     whole = torch.ones(rows, longest, dtype=torch.long, device=device)
+    tokens = whole.clone()
+    tokens[:, 1:] = torch.arange(rows, device=device)[:, None]  # no two rows are the same
     none = torch.zeros(rows, dtype=torch.long, device=device)
     task = None
     sequences = min(math.ceil(config.data.task_rows), 2 * rows)  # an answer and a rationale a row at most
     if sequences and config.loss.task_weight:
         # prompt, answer and the end of the turn
-        tokens = torch.ones(sequences, 2 * config.data.max_length + 1, dtype=torch.long, device=device)
-        targets = torch.full_like(tokens, IGNORE)
+        sequence = torch.ones(sequences, 2 * config.data.max_length + 1, dtype=torch.long, device=device)
+        targets = torch.full_like(sequence, IGNORE)
         targets[:, config.data.max_length - 1 : -1] = 0
-        task = TaskBatch(tokens, torch.ones_like(tokens), targets)
-    return Batch(whole, whole, whole.bool(), none, none, torch.ones(rows, device=device), none, task)
+        task = TaskBatch(sequence, torch.ones_like(sequence), targets)
+    return Batch(tokens, whole, whole.bool(), none, none, torch.ones(rows, device=device), none, task)
 
 
 def warm_up(module: SO8TModule, tracker: ByteTracker) -> torch.optim.AdamW:

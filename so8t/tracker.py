@@ -54,9 +54,9 @@ class ByteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._see(tensor, label)
         self._mark()
 
-    def add_bytes(self, count: int, label: str) -> None:
-        """Counts bytes that stay alive for good."""
-        self.live[label] = self.live.get(label, 0) + count
+    def add_copies(self, tensor: Tensor, copies: int, label: str) -> None:
+        """Counts tensors that are not there but would be, as large as this one, and stay alive for good."""
+        self.live[label] = self.live.get(label, 0) + copies * self._size(tensor)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """These tensors live elsewhere (on the host): they and their views are never counted."""
@@ -83,7 +83,7 @@ class ByteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._storages:
             return
-        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        size = self._size(tensor)
         self.live[label] = self.live.get(label, 0) + size
 
         def gone(_: object) -> None:
@@ -91,6 +91,9 @@ class ByteTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live[label] -= size
 
         self._storages[key] = weakref.ref(storage, gone)
+
+    def _size(self, tensor: Tensor) -> int:
+        return -(-tensor.untyped_storage().nbytes() // self.granularity) * self.granularity
 
     def _mark(self) -> None:
         total = sum(self.live.values())

@@ -99,8 +99,8 @@ def test_without_the_task_loss_there_are_no_logits_and_on_a_gpu_no_lm_head():
     assert all(parts["logits"] == parts["weights_head"] == parts["weights_embedding"] == 0 for parts in without.phases.values())
 
 
-def test_one_layer_below_the_cut_stands_for_all_of_them(monkeypatch):
-    settings = config("base=tiny", "base.layers=9", "gate.top_layers=3", *CPU)
+def test_two_layers_below_the_cut_stand_for_all_of_them(monkeypatch):
+    settings = config("+hw=rtx3060", "base=tiny", "base.layers=9", "gate.top_layers=3", "data.max_length=128")
     short = plan(settings)
     monkeypatch.setattr(memory, "_shortened", lambda shape, cut: (shape, 0))
     whole = plan(settings)
