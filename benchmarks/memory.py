@@ -95,7 +95,7 @@ def measure_cpu(config: Config, base: SplitBase) -> tuple[float, dict[str, float
     optimizer = warm_up(module, ByteTracker())
     averages = [value for state in optimizer.state.values() for value in state.values()]
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    weights = [tensor for _, tensor in stored_tensors(base)]
+    weights = [tensor for _, tensor in stored_tensors(base)] + [m.dense for m in base.modules() if hasattr(m, "dense")]
     there = held([*weights, *module.parameters(), *module.buffers(), *gradients, *averages])
     above = {phase: allocated(run) / GIB for phase, run in phases(module, config, torch.device("cpu"))}
     module.model.gates.detach()

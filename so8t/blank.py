@@ -13,7 +13,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from so8t.base import BaseSpec, SplitBase, compute_dtype
+from so8t.base import BaseSpec, SplitBase, compute_dtype, dequantise_once
 from so8t.placement import HostEmbedding, placement, settle
 
 
@@ -96,6 +96,8 @@ def blank_base(
         return packed(width, rows, bias=False)
 
     settle(model, where, quantized)
+    if not on_gpu:
+        dequantise_once(list(base.decoder.layers), spec.dense_gib)
     return base
 
 
@@ -110,6 +112,9 @@ def weights_by_part(base: SplitBase, within: nn.Module) -> Iterator[tuple[str, T
                 yield "weights_head" if head else "weights_4bit", tensor
             if module.bias is not None:
                 yield "weights_other", module.bias
+            dense = getattr(module, "dense", None)
+            if dense is not None:
+                yield "weights_dense", dense
             continue
         own = "weights_embedding" if module is base.decoder.embed_tokens else "weights_head" if head else "weights_other"
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:

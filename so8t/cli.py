@@ -1,4 +1,4 @@
-"""The `so8t` command: `plan` a run's memory, `ask` a trained run, `evaluate` it on any JSONL file."""
+"""The `so8t` command: `plan` a run's memory, `ask` a trained run, `evaluate` it on any JSONL file, look after the `cache`."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from so8t.console import quieten, reported
 from so8t.errors import SO8TError
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="metrics as JSON on standard output")
     evaluate.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
     evaluate.add_argument("--batch-size", type=_positive, default=32)
+    cache = commands.add_parser("cache", help="the frozen prefix's output on disk: show or delete it")
+    cache.add_argument("action", choices=("info", "clear"))
+    cache.add_argument("--folder", help="as cache.folder; by default `prefix` in the cache folder")
     return parser
 
 
@@ -136,12 +140,30 @@ def _evaluate(args: argparse.Namespace) -> None:
         console.print(f"predictions: {args.out}")
 
 
+def _cache(args: argparse.Namespace) -> None:
+    from so8t.data.store import clear_stores, store_root, stores
+
+    root = store_root(args.folder)
+    console = Console(soft_wrap=True)
+    if args.action == "clear":
+        console.print(f"{clear_stores(root) / 2**30:.2f} GiB freed in {root}")
+        return
+    table = Table(title=f"{root}", title_justify="left")
+    for column in ("base, cut and format", "rows", "GiB"):
+        table.add_column(column, justify="left" if column.startswith("base") else "right", overflow="fold")
+    found = stores(root)
+    for info in found:
+        table.add_row(info.name, f"{info.rows:,}", f"{info.bytes / 2**30:.3f}")
+    table.add_row("all", f"{sum(i.rows for i in found):,}", f"{sum(i.bytes for i in found) / 2**30:.3f}", style="bold")
+    console.print(table)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     args = _parser().parse_args(argv)
     with reported():
         quieten()
-        {"plan": _plan, "ask": _ask, "evaluate": _evaluate}[args.command](args)
+        {"plan": _plan, "ask": _ask, "evaluate": _evaluate, "cache": _cache}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from so8t.base import BaseSpec
 from so8t.data.datamodule import DataSpec
+from so8t.data.store import CacheSpec
 from so8t.errors import ConfigError
 from so8t.gates import GateSpec
 from so8t.labels import LABELS
@@ -62,6 +63,7 @@ class Config:
     loss: LossSpec
     optim: OptimSpec
     data: DataSpec
+    cache: CacheSpec
     paths: PathsSpec
     trainer: Node
     callbacks: dict[str, Node]
@@ -169,9 +171,8 @@ def _check_together(config: Config) -> None:
         problems.append("gate.last=false leaves no R_cmd for the task loss: set loss.task_weight=0")
     if gate.interior != "none" and not gate.sites:
         problems.append("gate.sites is empty: name o_proj or down_proj, or set gate.interior=none")
-    above = [r for r in config.head.reads if r != "last" and not 0 <= r <= gate.top_layers]
-    if above or not config.head.reads:
-        problems.append(f"head.reads={list(config.head.reads)}: choose 'last' and numbers from 0 to {gate.top_layers}")
+    if not config.head.reads:
+        problems.append("head.reads is empty: name 'last' or fractions of the base's depth, such as 0.6")
     n = len(LABELS)
     if [len(row) for row in loss.costs] != [n] * n:
         problems.append(f"loss.costs must be {n} rows of {n} numbers, in the order {', '.join(LABELS)}")

@@ -13,10 +13,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from so8t.base import shared_lead
 from so8t.baselines import Baselines, Floats
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import LengthSampler, RecordDataset
 from so8t.data.records import Record
+from so8t.data.store import row_key
 from so8t.data.tokenise import Template
 from so8t.files import write_text
 from so8t.labels import LABELS, Label
@@ -64,18 +66,47 @@ class Predictions:
         return cls(probabilities, probabilities.argmax(-1), no, no, nan, nan)
 
 
-def fill_cache(
-    model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str
-) -> None:
-    """Runs the prefix once over all records, in batches larger than those that training takes; stops when the cache is full."""
+PREFIX_TOKENS = 2048
+"""Tokens of one batch, padding included, that only passes the prefix: large enough for full speed, small beside the weights."""
+
+
+def fill_cache(model: SO8TModel, records: Sequence[Record], template: Template, *, cache: PrefixCache, title: str) -> None:
+    """Runs the prefix once over all records that the cache does not hold, and says so before, if they will not fit."""
+    store = cache.store
+    if store is None:
+        return
     dataset = RecordDataset(records, template)
-    sampler = LengthSampler([dataset.length(i) for i in range(len(dataset))], batch_size, seed=0, shuffle=False)
-    for rows in track(sampler, description=title, console=Console(stderr=True), transient=True):
-        batch = dataset[rows]
-        kept = len(cache)
-        cache.prefix(batch.tokens.to(model.base.device), batch.mask.to(model.base.device))
-        if len(cache) == kept:
-            break
+    keys = [row_key(torch.tensor(encoded.tokens)) for encoded in dataset.encoded]
+    console = Console(stderr=True)
+    with store.filling():
+        todo = sorted((i for i, key in enumerate(keys) if key not in store), key=dataset.length)
+        if not todo:
+            return
+        size = sum(map(dataset.length, todo)) * cache.width * store.dtype.itemsize
+        console.print(
+            f"{title}: {len(keys) - len(todo):,} of {len(keys):,} rows are in {store.folder}, the others take "
+            f"{size / 2**30:.2f} GiB of {max(0, store.room) / 2**30:.2f} that are left"
+        )
+        if size > store.room:
+            console.print(
+                "[yellow]that is too little: what does not fit is computed again in every epoch. Raise cache.max_gib, store "
+                "less with cache.dtype=bfloat16, or free room with `so8t cache clear`[/]"
+            )
+        for rows in track(_token_batches(todo, dataset), description=title, console=console, transient=True):
+            batch = dataset[rows]
+            cache.prefix(batch.tokens.to(model.base.device), batch.mask.to(model.base.device))
+            if keys[rows[-1]] not in store:  # full
+                break
+
+
+def _token_batches(rows: list[int], dataset: RecordDataset) -> list[list[int]]:
+    """Rows in the order of their length, as many together as `PREFIX_TOKENS` hold."""
+    batches: list[list[int]] = []
+    for row in rows:
+        if not batches or (len(batches[-1]) + 1) * dataset.length(row) > PREFIX_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 @torch.no_grad()
@@ -95,7 +126,7 @@ def predict(
     for rows in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
         batch = dataset[rows]
         tokens, mask = batch.tokens.to(model.base.device), batch.mask.to(model.base.device)
-        result = model(cache.prefix(tokens, mask), mask)
+        result = model(cache.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
         decisions = model.decide(result, batch.position.to(model.base.device))
         out.probabilities[rows] = decisions.probabilities.cpu()
         out.decisions[rows] = decisions.labels.cpu()
@@ -119,7 +150,8 @@ def frozen_features(
         for rows in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
             batch = dataset[rows]
             tokens, mask = batch.tokens.to(model.base.device), batch.mask.to(model.base.device)
-            top, _ = model.base.suffix(cache.prefix(tokens, mask), mask)
+            at_cut = cache.prefix(tokens, mask)[..., : model.base.hidden_size]
+            top, _ = model.base.suffix(at_cut, mask, lead=shared_lead(tokens, mask))
             state = at_position(model.base.final_norm(top), batch.position.to(model.base.device))
             features[rows] = state.double().cpu().numpy()
     return features

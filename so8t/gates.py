@@ -6,6 +6,7 @@ need to know how the layer is stored), and leave the base bit for bit as it was 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -53,10 +54,11 @@ class Rotation(nn.Module):
         self.leading = spec.blocks == "leading"
         self.map = MAPS[spec.map]
         self.coords = nn.Parameter(torch.randn(count, COORDS) * spec.init_std)
+        self._computed: Tensor | None = None
 
     def matrix(self) -> Tensor:
         """`R`: `[n, 8, 8]` in float64, differentiable in the coordinates."""
-        return self.map(self.coords)
+        return self.map(self.coords) if self._computed is None else self._computed
 
     def forward(self, x: Tensor, *, in_place: bool = False) -> Tensor:
         """`y = R x`: `[..., D] -> [..., D]`, in the dtype of `x`."""
@@ -140,6 +142,23 @@ class GateSet(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @contextmanager
+    def computed_once(self) -> Iterator[None]:
+        """Inside, every rotation of the safety side keeps the matrix that it has at the entrance, all of them from one batched
+        map: for a step, or an answer, during which no coordinate changes. Not around checkpointed layers, whose second run
+        comes when this is over. The last `R_cmd` stays out: nothing of the task side enters what the safety side computes."""
+        safety = {id(p) for p in self.safety_parameters()}
+        rotations = [r for _, r in self.rotations() if id(r.coords) in safety and r._computed is None]
+        if rotations:
+            matrices = rotations[0].map(torch.cat([r.coords for r in rotations]))
+            for rotation, matrix in zip(rotations, torch.split(matrices, [len(r.coords) for r in rotations]), strict=True):
+                rotation._computed = matrix
+        try:
+            yield
+        finally:
+            for rotation in rotations:
+                rotation._computed = None
 
     def rotations(self) -> Iterator[tuple[str, Rotation]]:
         """Every rotation by name."""

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from so8t.base import shared_lead
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import Batch, TaskBatch
 from so8t.errors import ArtefactError, ConfigError
@@ -53,7 +54,7 @@ class SO8TModule(L.LightningModule):
 
     Args:
         class_counts: training rows per label, for `loss.class_weights=balanced`.
-        cache_gib: how much of the prefix's output is kept in memory.
+        cache: where the prefix's output is kept; none by default.
 
     Raises:
         ConfigError: a cost matrix or class weights of the wrong size, or nothing to train.
@@ -71,7 +72,7 @@ class SO8TModule(L.LightningModule):
         optim: OptimSpec,
         *,
         class_counts: tuple[int, ...],
-        cache_gib: float = 0.0,
+        cache: PrefixCache | None = None,
     ):
         super().__init__()
         n = len(LABELS)
@@ -82,7 +83,7 @@ class SO8TModule(L.LightningModule):
         self.register_buffer("costs", torch.tensor(loss.costs))
         self.register_buffer("class_weights", _class_weights(loss, class_counts))
         self.inertia = GroupInertia(model.gates, pet.inertia_decay)
-        self.cache = PrefixCache(model.base, cache_gib)
+        self.cache = PrefixCache(model.base, keep=model.below) if cache is None else cache
         self._random_state: tuple[Tensor | None, Tensor | None] = (None, None)
         self.val_metrics = SafetyMetrics()
         self.test_metrics = SafetyMetrics()
@@ -95,13 +96,14 @@ class SO8TModule(L.LightningModule):
 
     def forward(self, batch: Batch) -> SafetyOutput:
         """Safety logits `[B, T, 3]` of a right-padded batch, through the cache and the gates."""
-        return self.model(self.cache.prefix(batch.tokens, batch.mask), batch.mask)
+        hidden = self.cache.prefix(batch.tokens, batch.mask)
+        return self.model(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))
 
     def task_loss(self, task: TaskBatch) -> tuple[Tensor, int]:
         """Language-model loss of answers and rationales; by default only the last `R_cmd` is reached."""
         frozen_side = self.loss_spec.task_reaches == "cmd"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_side):
-            hidden = self.model.base.prefix(task.tokens, task.mask)
+            hidden = self.model.prefix(task.tokens, task.mask)
             safe = self.model.trunk(hidden, task.mask)[0]
         return language_model_loss(safe, task.targets, self.model.task_logits, chunk=self.loss_spec.task_chunk)
 
@@ -158,7 +160,8 @@ class SO8TModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: the total loss, every term and its share logged."""
-        terms = self.loss_terms(batch, self(batch), self.progress)
+        with self.model.gates_computed_once():
+            terms = self.loss_terms(batch, self(batch), self.progress)
         total = terms.total()
         if not torch.isfinite(total):
             names = {name: float(v.detach()) for name, v in terms.terms.items()}
@@ -173,7 +176,8 @@ class SO8TModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """One optimiser step; afterwards the inertia's averages follow the rotations."""
         super().optimizer_step(*args, **kwargs)
-        self.inertia.update(self.model.gates)
+        with self.model.gates.computed_once():
+            self.inertia.update(self.model.gates)
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 

@@ -10,19 +10,19 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from so8t.base import SplitBase
+from so8t.base import SplitBase, shared_lead
 from so8t.blank import blank_base, weights_by_part
 from so8t.config import Config
 from so8t.data.datamodule import Batch, TaskBatch
 from so8t.lightning_module import IGNORE, SO8TModule
-from so8t.model import SO8TModel
+from so8t.model import SafetyOutput, SO8TModel
 from so8t.placement import HostEmbedding
 from so8t.shapes import base_config
 from so8t.tracker import ACTIVATIONS, DEQUANTISED, GRADIENTS, LOGITS, ByteTracker
@@ -39,6 +39,7 @@ PARTS = {
     "weights_embedding": "weights, embedding",
     "weights_head": "weights, lm_head",
     "weights_other": "weights, norms and biases",
+    "weights_dense": "weights, dequantised copies",
     "trained": "gates and safety head",
     "optimizer": "optimiser state",
     ACTIVATIONS: "activations",
@@ -111,7 +112,9 @@ def plan(config: Config, *, card_gib: float | None = None) -> Plan:
 def _peaks(config: Config, *, on_gpu: bool) -> dict[str, dict[str, int]]:
     """Bytes by part at the peak of each phase."""
     device = torch.device("meta")
-    shape, left_out = _shortened(base_config(config.base), config.gate.top_layers)
+    shape, left_out = base_config(config.base), 0
+    if on_gpu:  # on a CPU the layers below the cut may differ: some of them have a dense copy of their weights
+        config, shape, left_out = _shortened(config, shape)
     with_head = bool(config.loss.task_weight)
     base = blank_base(config.base, shape, cut=config.gate.top_layers, device=device, on_gpu=on_gpu, with_head=with_head)
     module = module_of(config, base).to(device)
@@ -164,18 +167,23 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = whole  # type: ignore[assignment]
 
 
-def _shortened(shape: PreTrainedConfig, cut: int) -> tuple[PreTrainedConfig, int]:
-    """The same base with two layers below the cut, which stand for all of them, and how many were left out: where layers are
-    alike, those below the cut add nothing to a peak but their weights."""
-    left_out = max(0, shape.num_hidden_layers - cut - 2)
+def _shortened(config: Config, shape: PreTrainedConfig) -> tuple[Config, PreTrainedConfig, int]:
+    """The same base with a few layers below the cut, which stand for all of them, and how many were left out: where layers are
+    alike, those below the cut add nothing to a peak but their weights. The head goes on reading as many of them."""
+    depth, cut = shape.num_hidden_layers, config.gate.top_layers
+    reads = {read: int(read * depth + 0.5) for read in config.head.reads if read != "last"}  # as `SplitBase.layer_at`
+    below = sorted(read for read, layer in reads.items() if layer < depth - cut)
+    left_out = max(0, depth - cut - 2 - len(below))
     kinds = getattr(shape, "layer_types", None)
     if not left_out or (kinds and len(set(kinds)) > 1):
-        return shape, 0
+        return config, shape, 0
     short = copy.deepcopy(shape)
     short.num_hidden_layers -= left_out
     if kinds:
         short.layer_types = kinds[left_out:]
-    return short, left_out
+    moved = {read: 1 + below.index(read) if read in below else layer - left_out for read, layer in reads.items()}
+    places = tuple(read if read == "last" else moved[read] / short.num_hidden_layers for read in config.head.reads)
+    return replace(config, head=replace(config.head, reads=places)), short, left_out
 
 
 # -- one step, real or planned -----------------------------------------------------------------------------------------
@@ -218,18 +226,21 @@ def warm_up(module: SO8TModule, tracker: ByteTracker) -> torch.optim.AdamW:
     return optimizer
 
 
+def _forward(module: SO8TModule, batch: Batch) -> SafetyOutput:
+    """As the module's own `forward`, past the cache."""
+    hidden = module.model.prefix(batch.tokens, batch.mask)
+    return module.model(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))
+
+
 def training_step(module: SO8TModule, batch: Batch) -> None:
     """What one micro-batch does: forward, every term of the loss with PET at full weight, backward."""
-    base = module.model.base
-    output = module.model(base.prefix(batch.tokens, batch.mask), batch.mask)
-    module.loss_terms(batch, output, progress=1.0).total().backward()  # type: ignore[no-untyped-call]
+    module.loss_terms(batch, _forward(module, batch), progress=1.0).total().backward()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
 def validation_step(module: SO8TModule, batch: Batch) -> None:
     """What one validation batch does."""
-    base = module.model.base
-    output = module.model(base.prefix(batch.tokens, batch.mask), batch.mask)
+    output = _forward(module, batch)
     module.model.decide(output, batch.position)
     if batch.task is not None:
         module.task_loss(batch.task)

@@ -1,7 +1,7 @@
-"""Base + gates + safety head: hidden states at the cut in, token-level safety logits and the task path out."""
+"""Base + gates + safety head: the prefix's hidden states in, token-level safety logits and the task path out."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,20 +12,20 @@ from so8t.base import SplitBase
 from so8t.errors import ConfigError
 from so8t.gates import GateSet, GateSpec
 from so8t.labels import FAIL_CLOSED, LABELS
-from so8t.specs import ProperFraction, spec
+from so8t.specs import Fraction, ProperFraction, spec
 
 
 @spec
 class HeadSpec:
     """What the safety head reads.
 
-    `reads`: layers above the cut whose output is read, 0 (the cut) to K, and `last` (the `R_safe` view of the final
-    norm). `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal. `standardise` brings
-    every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few outlier
-    dimensions of the base would otherwise drown the rest.
+    `reads`: `last` (the `R_safe` view of the final norm), and fractions of the base's depth whose layer's output is read (0.6:
+    layer 18 of 30); below the cut they are frozen. `pooling`: the token itself, the mean of all tokens up to it, or both; all
+    of them causal. `standardise` brings every feature to mean 0 and standard deviation 1 over some training rows, measured once
+    before training: a few outlier dimensions of the base would otherwise drown the rest.
     """
 
-    reads: tuple[int | Literal["last"], ...] = ("last",)
+    reads: tuple[Fraction | Literal["last"], ...] = ("last",)
     pooling: Literal["token", "mean", "both"] = "both"
     standardise: bool = True
     dropout: ProperFraction = 0.0
@@ -130,14 +130,16 @@ class SO8TModel(nn.Module):
     `R_cmd`.
 
     Raises:
-        ConfigError: the head reads a layer that is not above the cut.
+        ConfigError: the head reads nothing, or a layer twice.
     """
 
     def __init__(self, base: SplitBase, gate: GateSpec, head: HeadSpec):
         super().__init__()
-        bad = [r for r in head.reads if r != "last" and not 0 <= int(r) <= base.cut]
-        if bad or not head.reads:
-            raise ConfigError(f"head.reads={list(head.reads)}: choose 'last' and numbers from 0 to {base.cut}")
+        layers = [None if read == "last" else base.layer_at(read) for read in head.reads]
+        if not layers or len(set(layers)) < len(layers):
+            raise ConfigError(f"head.reads={list(head.reads)}: name 'last' or fractions of the depth, each layer once")
+        self.layers = layers
+        self.below = tuple(layer for layer in layers if layer is not None and layer < base.depth - base.cut)
         self.base = base
         self.gates = GateSet(gate, base).to(base.device)
         self.head = SafetyHead(base.hidden_size, head).to(base.device)
@@ -148,17 +150,31 @@ class SO8TModel(nn.Module):
         wanted = {id(p) for p in self.gates.safety_parameters()} | {id(p) for p in self.head.parameters()}
         return ((name, p) for name, p in self.named_parameters() if id(p) in wanted)
 
-    def trunk(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """From the cut to the tap: `[B, T, D] ->` the safe view `[B, T, D]` and what the head reads."""
-        keep = tuple(int(r) for r in self.head.spec.reads if r != "last")
-        top, kept = self.base.suffix(hidden, mask, keep)
-        state = self.base.final_norm(top)
-        safe = self.gates.last.tap(state) if self.gates.last is not None else state
-        return safe, [safe if r == "last" else kept[int(r)] for r in self.head.spec.reads]
+    def gates_computed_once(self) -> AbstractContextManager[None]:
+        """One batched map for all gates of a step, where no layer is run again in the backward pass."""
+        return nullcontext() if self.base.checkpoint_suffix else self.gates.computed_once()
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> SafetyOutput:
-        """Safety pass from the prefix's output: `[B, T, D], [B, T] ->` logits `[B, T, 3]` and the safe view."""
-        safe, reads = self.trunk(hidden, mask)
+    def prefix(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The frozen part: `[B, T] -> [B, T, (1 + n) D]`, the state at the cut and those of the `n` layers below it that the
+        head reads."""
+        return self.base.prefix(tokens, mask, self.below)
+
+    def trunk(self, hidden: Tensor, mask: Tensor, *, lead: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """From what `prefix` gave to the tap: `[B, T, (1 + n) D] ->` the safe view `[B, T, D]` and what the head reads. `lead`
+        is how many tokens all rows begin with."""
+        at_cut, *below = torch.split(hidden, self.base.hidden_size, dim=-1)
+        first = self.base.depth - self.base.cut
+        keep = tuple(layer - first for layer in self.layers if layer is not None and layer >= first)
+        with self.gates_computed_once():
+            top, kept = self.base.suffix(at_cut, mask, keep, lead=lead)
+            state = self.base.final_norm(top)
+            safe = self.gates.last.tap(state) if self.gates.last is not None else state
+        states = dict(zip(self.below, below, strict=True)) | {first + k: state for k, state in kept.items()}
+        return safe, [safe if layer is None else states[layer] for layer in self.layers]
+
+    def forward(self, hidden: Tensor, mask: Tensor, *, lead: int = 0) -> SafetyOutput:
+        """Safety pass from the prefix's output: `[B, T, (1 + n) D], [B, T] ->` logits `[B, T, 3]` and the safe view."""
+        safe, reads = self.trunk(hidden, mask, lead=lead)
         return SafetyOutput(self.head(reads, mask), safe)
 
     def decide(self, output: SafetyOutput, position: Tensor) -> Decisions:
@@ -179,7 +195,8 @@ class SO8TModel(nn.Module):
         last = self.gates.last
         handle = self.base.decoder.norm.register_forward_hook(lambda _m, _i, out: last(out)[1])
         try:
-            yield
+            with self.gates.computed_once():
+                yield
         finally:
             handle.remove()
 

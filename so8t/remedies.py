@@ -40,7 +40,7 @@ def changes(config: Config) -> Iterator[Change]:
         yield {"base.quantize_head": True}
     if config.base.quantization == "none":  # costs a coarser base
         yield {"base.quantization": "nf4"}
-    if config.gate.top_layers > 2 and all(r == "last" or r <= 2 for r in config.head.reads):  # costs gates
+    if config.gate.top_layers > 2:  # costs gates
         yield {"gate.top_layers": 2}
     for share in (2, 4):  # costs the middle of long requests
         if data.max_length // share >= 128:

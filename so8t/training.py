@@ -22,8 +22,10 @@ from so8t.callbacks.checkpoints import BestUnderCeiling
 from so8t.callbacks.group import GroupMonitor
 from so8t.config import Config, validate
 from so8t.console import quieten
+from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import SafetyData
 from so8t.data.records import Record
+from so8t.data.store import PrefixStore
 from so8t.errors import ArtefactError, HardwareError
 from so8t.evaluation import Evaluation, evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
 from so8t.files import write_json, write_text
@@ -58,32 +60,14 @@ def train(composed: DictConfig) -> dict[str, float]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
-    data = SafetyData(config.data, seed=config.seed, answer_in_path=config.pet.path == "request_and_answer")
-    data.setup()
+    data = load_data(config)
     print_data(data, console)
 
     run = Path(config.paths.output_dir)
     checkpoint = find_checkpoint(config.ckpt_path, run)
-    with_head = bool(config.loss.task_weight)
-    base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config), with_head=with_head)
-    base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
-    data.use_tokenizer(base.tokenizer)
-    model = SO8TModel(base, config.gate, config.head)
-    counts = Counter(int(r.safety_label) for r in data.train)
-    module = SO8TModule(
-        model,
-        config.loss,
-        config.pet,
-        config.optim,
-        class_counts=tuple(counts[k] for k in range(len(LABELS))),
-        cache_gib=config.data.cache_gib,
-    )
+    module = build(config, data)
     print_model(module, console)
-    if wants_every_row(config):
-        size, title = config.data.eval_batch_size, "frozen prefix of the training rows, once"
-        fill_cache(model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
-    if config.head.standardise and checkpoint is None:
-        module.standardise(data.sample(STANDARDISE_ROWS))
+    prepare(module, config, data, resumed=checkpoint is not None)
 
     write_text(run / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]
@@ -93,15 +77,17 @@ def train(composed: DictConfig) -> dict[str, float]:
 
     trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     restore_best(trainer, module)
+    module.cache.flush()
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
 
     if trainer.is_global_zero:
-        save_adapter(run / "adapter", model, data.template, system_prompt=config.data.system_prompt)
+        save_adapter(run / "adapter", module.model, data.template, system_prompt=config.data.system_prompt)
         if config.evaluate:
             metrics |= evaluate_run(module, data, run, console, loggers, batch_size=config.data.eval_batch_size)
         draw(run, callbacks)
         write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})
         console.print(f'\nrun folder: [bold]{run}[/]   ask it: [bold]so8t ask {run} "how do I kill a python process?"[/]')
+    module.cache.flush()
     for logger in loggers:
         logger.finalize("success")
         if isinstance(logger, WandbLogger):
@@ -145,10 +131,43 @@ def cap_memory(config: Config, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.hw.memory_budget_gib * GIB / whole), device)
 
 
-def wants_every_row(config: Config) -> bool:
-    """Whether an epoch takes all training rows as `fill_cache` sees them: then their prefix is computed up front."""
+def load_data(config: Config) -> SafetyData:
+    """Reads and splits; needs no base yet, so that bad data is told before one is loaded."""
+    data = SafetyData(config.data, seed=config.seed, answer_in_path=config.pet.path == "request_and_answer")
+    data.setup()
+    return data
+
+
+def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule) -> SO8TModule:
+    """Base, model, cache and module of one run, as a configuration says; `data` learns the base's tokenizer."""
+    with_head = bool(config.loss.task_weight)
+    base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config), with_head=with_head)
+    base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
+    data.use_tokenizer(base.tokenizer)
+    model = SO8TModel(base, config.gate, config.head)
+    counts = Counter(int(r.safety_label) for r in data.train)
+    store = None
+    if config.cache.max_gib and base.cut == base.depth:
+        log.info("gate.top_layers=%d leaves no frozen prefix: nothing to cache", base.cut)
+    elif config.cache.max_gib:
+        store = PrefixStore.of(base, config.cache, model.below)
+    return kind(
+        model,
+        config.loss,
+        config.pet,
+        config.optim,
+        class_counts=tuple(counts[k] for k in range(len(LABELS))),
+        cache=PrefixCache(base, store=store, keep=model.below),
+    )
+
+
+def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bool) -> None:
+    """What is done once before training: the cache is filled, and a new head learns what to shift and scale by."""
     part = config.trainer.get("limit_train_batches", 1.0) != 1.0 or config.trainer.get("overfit_batches")
-    return bool(config.data.cache_gib) and not part and config.pet.path == "request"
+    if not part and config.pet.path == "request":  # an epoch takes all training rows, as `fill_cache` sees them
+        fill_cache(module.model, data.train, data.template, cache=module.cache, title="frozen prefix of the training rows")
+    if config.head.standardise and not resumed:
+        module.standardise(data.sample(STANDARDISE_ROWS))
 
 
 def device_of(config: Config) -> torch.device:
@@ -296,4 +315,4 @@ def print_model(module: SO8TModule, console: Console) -> None:
     )
 
 
-__all__ = ["cap_memory", "check_hardware", "check_memory", "find_checkpoint", "train"]
+__all__ = ["build", "cap_memory", "check_hardware", "check_memory", "find_checkpoint", "load_data", "prepare", "train"]

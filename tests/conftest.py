@@ -92,6 +92,7 @@ def make_config(tmp_path):
             HydraConfig.instance().set_config(config)
             with open_dict(config):
                 config.paths.output_dir = str(output_dir or tmp_path / "run")
+                config.cache.folder = str(tmp_path / "prefix")
                 del config["hydra"]
             OmegaConf.resolve(config)
             return config
@@ -140,6 +141,7 @@ def composed(*overrides: str, output_dir: Path) -> DictConfig:
         config = compose("train", overrides=list(overrides))
     with open_dict(config):
         config.paths.output_dir = str(output_dir)
+        config.cache.folder = str(output_dir.parent / "prefix")
     OmegaConf.resolve(config)
     return config
 

@@ -27,7 +27,7 @@ def turned(model: SO8TModel, only: str | None = None, size: float = 0.5) -> None
 
 def decide(model: SO8TModel, tokens=TOKENS, mask=MASK) -> torch.Tensor:
     with torch.no_grad():
-        return model(model.base.prefix(tokens, mask), mask).logits
+        return model(model.prefix(tokens, mask), mask).logits
 
 
 @pytest.mark.parametrize("blocks", ["independent", "shared", "leading"])
@@ -191,7 +191,7 @@ def test_more_layers_than_the_base_has_are_refused():
 
 
 @pytest.mark.parametrize("pooling", ["token", "mean", "both"])
-@pytest.mark.parametrize("reads", [("last",), (0, 1, "last")])
+@pytest.mark.parametrize("reads", [("last",), (0.25, 0.5, 0.75, "last")])
 def test_decisions_do_not_depend_on_padding_or_on_the_rest_of_the_batch(tiny_base, pooling, reads):
     torch.manual_seed(0)
     model = SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec(reads=reads, pooling=pooling))
@@ -208,7 +208,7 @@ def test_decisions_do_not_depend_on_padding_or_on_the_rest_of_the_batch(tiny_bas
 
 
 def test_later_tokens_do_not_change_earlier_logits(tiny_base):
-    model = SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec(reads=(0, "last"), pooling="both"))
+    model = SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec(reads=(0.25, 0.5, "last"), pooling="both"))
     whole = decide(model)
     part = decide(model, TOKENS[:, :5], MASK[:, :5])
     assert torch.allclose(whole[:, :5], part, atol=1e-5)

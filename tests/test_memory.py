@@ -99,10 +99,12 @@ def test_without_the_task_loss_there_are_no_logits_and_on_a_gpu_no_lm_head():
     assert all(parts["logits"] == parts["weights_head"] == parts["weights_embedding"] == 0 for parts in without.phases.values())
 
 
-def test_two_layers_below_the_cut_stand_for_all_of_them(monkeypatch):
-    settings = config("+hw=rtx3060", "base=tiny", "base.layers=9", "gate.top_layers=3", "data.max_length=128")
+@pytest.mark.parametrize("reads", ["[last]", "[0.2,0.5,0.9,last]"])
+def test_two_layers_below_the_cut_stand_for_all_of_them(monkeypatch, reads):
+    tiny = ("+hw=rtx3060", "base=tiny", "base.layers=9", "gate.top_layers=3", "data.max_length=128")
+    settings = config(*tiny, f"head.reads={reads}")
     short = plan(settings)
-    monkeypatch.setattr(memory, "_shortened", lambda shape, cut: (shape, 0))
+    monkeypatch.setattr(memory, "_shortened", lambda config, shape: (config, shape, 0))
     whole = plan(settings)
     assert short.peak_gib == whole.peak_gib
     assert short.phases == whole.phases

@@ -18,7 +18,7 @@ NAN, INF = math.nan, math.inf
 
 def logits_of(model: SO8TModel, tokens=TOKENS, mask=MASK) -> torch.Tensor:
     with torch.no_grad():
-        return model(model.base.prefix(tokens, mask), mask).logits
+        return model(model.prefix(tokens, mask), mask).logits
 
 
 def decision_of(model: SO8TModel):
@@ -143,7 +143,7 @@ def test_unit_rms_takes_the_size_and_keeps_the_direction(seed, scale):
 
 
 @pytest.mark.parametrize("pooling", ["token", "mean", "both"])
-@pytest.mark.parametrize("reads", [("last",), (1, "last")])
+@pytest.mark.parametrize("reads", [("last",), (0.5, "last")])
 def test_the_head_gives_three_logits_at_every_token_from_every_read(pooling, reads):
     torch.manual_seed(0)
     head = SafetyHead(16, HeadSpec(reads=reads, pooling=pooling))
@@ -159,17 +159,19 @@ def test_the_head_gives_three_logits_at_every_token_from_every_read(pooling, rea
     assert torch.allclose(bf16, plain, atol=0.02)
 
 
-@pytest.mark.parametrize("reads", [(), (3,), (-1,), ("last", 7)])
-def test_a_head_that_reads_what_is_not_above_the_cut_is_refused(tiny_base, reads):
-    with pytest.raises(ConfigError, match=r"head\.reads=.*from 0 to 2"):
+@pytest.mark.parametrize("reads", [(), (0.5, 0.55), ("last", "last")])
+def test_a_head_that_reads_nothing_or_a_layer_twice_is_refused(tiny_base, reads):
+    with pytest.raises(ConfigError, match=r"head\.reads=.*each layer once"):
         SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec(reads=reads))
 
 
-def test_a_read_is_the_output_of_the_layer_it_names(tiny_base):
-    model = SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec(reads=(0, 1, 2, "last")))
+def test_a_read_is_the_output_of_the_layer_it_names_below_the_cut_and_above(tiny_base):
+    model = SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec(reads=(0.5, 0.75, 1, "last", 0.25, 0)))
+    assert model.below == (1, 0)
     turned(model)
     with torch.no_grad():
-        hidden = model.base.prefix(TOKENS, MASK)
+        hidden = model.prefix(TOKENS, MASK)
+        assert hidden.shape[-1] == 3 * model.base.hidden_size
         safe, reads = model.trunk(hidden, MASK)
         whole = model.base.decoder(input_ids=TOKENS, output_hidden_states=True).hidden_states
     # hidden_states: embedding, then the output of each layer, the last one after the final norm
@@ -177,6 +179,10 @@ def test_a_read_is_the_output_of_the_layer_it_names(tiny_base):
     assert torch.allclose(reads[1], whole[3], atol=1e-5)
     assert torch.allclose(model.base.final_norm(reads[2]), whole[4], atol=1e-5)
     assert torch.allclose(reads[3], model.gates.last.safe(whole[4]), atol=1e-5)
+    with model.without_gates():
+        plain = model.base.decoder(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    assert torch.allclose(reads[4], plain[1], atol=1e-5)
+    assert torch.allclose(reads[5], plain[0], atol=1e-5)
     assert torch.equal(reads[3], safe), "the last read is R_safe's output, not the state before it"
 
 

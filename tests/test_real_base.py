@@ -145,7 +145,7 @@ def test_a_few_steps_lower_the_loss_and_leave_every_bit_of_the_base(real_base, t
         labels = (Label.ALLOW, Label.ESCALATE, Label.REFUSE)
         records = [Record(r, label, task_output="Here it is.") for r, label in zip(REQUESTS, labels, strict=True)]
         batch = RecordDataset(records, template, task_rows=1)[[0, 1, 2]]
-        module = SO8TModule(model, LossSpec(), PetSpec(), OptimSpec(), class_counts=(1, 1, 1), cache_gib=0.1)
+        module = SO8TModule(model, LossSpec(), PetSpec(), OptimSpec(), class_counts=(1, 1, 1))
         optimizer = torch.optim.AdamW(
             [{"params": list(model.gates.parameters()), "lr": 1e-2}, {"params": list(model.head.parameters()), "lr": 1e-2}]
         )

@@ -30,7 +30,7 @@ class DataSpec:
     """What `conf/data` says.
 
     `holdout_sources` are never trained on: they are the unseen test. `task_rows` language-model sequences go with each
-    batch on average (0.125: one with every eighth). `cache_gib` bounds the memory of the prefix cache.
+    batch on average (0.125: one with every eighth).
     """
 
     sources: dict[str, SourceSpec]
@@ -47,7 +47,6 @@ class DataSpec:
     batch_size: PositiveInt = 16
     eval_batch_size: PositiveInt = 32
     task_rows: NotNegative = 0.125
-    cache_gib: NotNegative = 2.0
 
 
 @dataclass

@@ -1,0 +1,233 @@
+"""The prefix's output on disk: one folder per frozen prefix, filled once, shared by all runs and by several processes.
+
+A folder's name comes from everything that the states depend on: the weights below the cut as they are stored (quantisation
+included), the cut and the number format; a row is found by its tokens, the chat template's among them. States lie in segments,
+safetensors files that appear by a rename and are memory-mapped. A segment that is torn or does not match its sum is deleted and
+its rows are computed again. Knows nothing of labels or losses.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from so8t.base import SplitBase, weights_digest
+from so8t.fetch import cache_dir
+from so8t.specs import NotNegative, spec
+
+log = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 32 * 2**20
+"""What is kept in memory before it becomes a segment: the most that a killed run loses."""
+
+SPARE_BYTES = 2**28
+"""Free disk that is never filled."""
+
+_FORMAT = 1
+
+
+@spec
+class CacheSpec:
+    """What `conf/cache` says. `max_gib` bounds all stores together; `dtype=auto` is the base's compute dtype; `folder` is where
+    the stores are, `prefix` in the cache folder by default."""
+
+    max_gib: NotNegative = 4.0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    folder: str | None = None
+
+
+def store_root(folder: str | None = None) -> Path:
+    """Where all stores are: the folder asked for, or `prefix` in the cache folder."""
+    return cache_dir() / "prefix" if folder is None else Path(folder).expanduser()
+
+
+def used_bytes(folder: Path) -> int:
+    """What the segments below a folder take on disk."""
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # cleared by another process meanwhile
+            continue
+    return total
+
+
+def row_key(tokens: Tensor) -> bytes:
+    """16 bytes that stand for one row's tokens `[n]`."""
+    return hashlib.sha256(tokens.cpu().numpy().tobytes()).digest()[:16]
+
+
+class PrefixStore:
+    """Rows of one prefix, `[n, width]` each, by their key.
+
+    Args:
+        folder: this prefix's folder.
+        dtype: how states are stored.
+        max_bytes: bound for this folder and those beside it together; what does not fit is not kept.
+    """
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, max_bytes: int):
+        self.folder, self.dtype, self.max_bytes = folder, dtype, max_bytes
+        self.room = 0
+        self._rows: dict[bytes, Tensor] = {}
+        self._fresh: dict[bytes, Tensor] = {}
+        self._fresh_bytes = 0
+        self._known: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.refresh()
+
+    @classmethod
+    def of(cls, base: SplitBase, spec: CacheSpec, keep: tuple[int, ...] = ()) -> "PrefixStore":
+        """The store of a base's prefix, with the layers below the cut that are kept beside it."""
+        dtype = {"auto": base.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.dtype]
+        below = nn.ModuleList([base.decoder.embed_tokens, *base.prefix_layers])
+        facts = {
+            "format": _FORMAT,
+            "weights": weights_digest(below),
+            "quantization": base.spec.quantization,
+            "cut": base.cut,
+            "keep": keep,
+            "compute": str(base.dtype),
+            "dtype": str(dtype),
+            "config": base.causal_lm.config.get_text_config().to_json_string(use_diff=False),
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        folder = store_root(spec.folder) / f"{base.spec.name}-k{base.cut}-{str(dtype).removeprefix('torch.')}-{digest}"
+        return cls(folder, dtype=dtype, max_bytes=int(spec.max_gib * 2**30))
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._fresh)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows or key in self._fresh
+
+    def get(self, key: bytes) -> Tensor:
+        """One row's states: `[n, width]`."""
+        return self._fresh[key] if key in self._fresh else self._rows[key]
+
+    def put(self, key: bytes, states: Tensor) -> bool:
+        """Keeps one row `[n, width]`; false where there is no room."""
+        if key in self:
+            return True
+        size = states.numel() * self.dtype.itemsize
+        if size + self._fresh_bytes > self.room:
+            return False
+        self._fresh[key] = states.to("cpu", self.dtype, copy=True)
+        self._fresh_bytes += size
+        if self._fresh_bytes >= SEGMENT_BYTES:
+            self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Writes what is new as one segment."""
+        if not self._fresh:
+            return
+        rows = list(self._fresh.values())
+        states = torch.cat(rows)
+        content = {
+            "states": states,
+            "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
+            "keys": torch.frombuffer(bytearray(b"".join(self._fresh)), dtype=torch.uint8).reshape(len(rows), 16),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+        os.close(handle)
+        try:
+            save_file(content, part, metadata={"sum": str(_sum(content))})
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, self.folder / f"{Path(part).name.removeprefix('.part-')}.safetensors")
+        finally:
+            Path(part).unlink(missing_ok=True)
+        self._fresh, self._fresh_bytes = {}, 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes notice of segments that this or other processes have written, and of the room that they leave."""
+        self.room = min(self.max_bytes - used_bytes(self.folder.parent), shutil.disk_usage(self.folder).free - SPARE_BYTES)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self._known:
+                self._known.add(path.name)
+                self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                expected = (file.metadata() or {}).get("sum")
+                content = {name: file.get_tensor(name) for name in ("keys", "ends", "states")}
+        except FileNotFoundError:  # cleared by another process meanwhile
+            return
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+        else:
+            if str(_sum(content)) == expected:
+                ends = content["ends"].tolist()
+                for key, begin, end in zip(content["keys"].numpy(), [0, *ends], ends, strict=False):
+                    self._rows[key.tobytes()] = content["states"][begin:end]
+                return
+            reason = "its sum is wrong"
+        log.warning("%s is damaged (%s): it is deleted and its rows are computed again", path, reason)
+        path.unlink(missing_ok=True)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """One process fills at a time; the others wait here and then find its rows."""
+        with FileLock(self.folder.parent / f"{self.folder.name}.lock"):
+            self.refresh()
+            yield
+            self.flush()
+
+
+def _sum(content: dict[str, Tensor]) -> int:
+    total = 0
+    for name in ("keys", "ends", "states"):
+        total = zlib.crc32(content[name].contiguous().flatten().view(torch.uint8).numpy().data, total)
+    return total
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """One folder, for `so8t cache info`."""
+
+    name: str
+    rows: int
+    bytes: int
+
+
+def stores(root: Path) -> list[StoreInfo]:
+    """Every store in a folder."""
+    found = []
+    for folder in sorted(p for p in root.glob("*-k*") if p.is_dir()):
+        rows = 0
+        for path in folder.glob("*.safetensors"):
+            try:
+                with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                    rows += file.get_slice("ends").get_shape()[0]
+            except (SafetensorError, OSError):
+                continue
+        found.append(StoreInfo(folder.name, rows, used_bytes(folder)))
+    return found
+
+
+def clear_stores(root: Path) -> int:
+    """Deletes every store in a folder and nothing else there; says how many bytes that freed."""
+    freed = 0
+    for info in stores(root):
+        freed += info.bytes
+        shutil.rmtree(root / info.name, ignore_errors=True)
+        (root / f"{info.name}.lock").unlink(missing_ok=True)
+    return freed

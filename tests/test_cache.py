@@ -1,0 +1,311 @@
+"""The prefix's output on disk: the same results, shared by processes, bounded, and safe against torn writes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from so8t.base import BaseSpec, LeadKeys, load_base, shared_lead
+from so8t.cli import main
+from so8t.data import store as store_module
+from so8t.data.store import CacheSpec, PrefixStore, clear_stores, row_key, stores, used_bytes
+from tests.spies import Spy
+
+WIDTH = 16
+SPY = "+callbacks.spy._target_=tests.spies.Spy"
+
+
+def opened(folder, max_bytes: int = 2**20, dtype: torch.dtype = torch.float32) -> PrefixStore:
+    return PrefixStore(folder / "tiny-k2-x", dtype=dtype, max_bytes=max_bytes)
+
+
+def states(seed: int, length: int = 5) -> torch.Tensor:
+    return torch.randn(length, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def key(n: int) -> bytes:
+    return row_key(torch.tensor([n]))
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_back_bit_for_bit_by_another_store(tmp_path):
+    first = opened(tmp_path)
+    for n in range(4):
+        assert first.put(key(n), states(n, length=n + 1))
+    first.flush()
+    second = opened(tmp_path)
+    assert len(second) == 4
+    for n in range(4):
+        assert torch.equal(second.get(key(n)), states(n, length=n + 1))
+    assert key(9) not in second
+
+
+def test_bfloat16_takes_half_the_room_and_rounds(tmp_path):
+    halves = opened(tmp_path, dtype=torch.bfloat16)
+    halves.put(key(0), states(0))
+    halves.flush()
+    assert torch.equal(opened(tmp_path, dtype=torch.bfloat16).get(key(0)), states(0).bfloat16())
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "empty"])
+def test_a_damaged_segment_is_told_deleted_and_its_rows_are_missing(tmp_path, caplog, damage):
+    first = opened(tmp_path)
+    first.put(key(0), states(0))
+    first.flush()
+    first.put(key(1), states(1))
+    first.flush()
+    torn = sorted(first.folder.glob("*.safetensors"))[0]
+    content = bytearray(torn.read_bytes())
+    content[-1] ^= 1
+    torn.write_bytes({"cut short": content[:-8], "one bit": content, "empty": b""}[damage])
+    again = opened(tmp_path)
+    assert len(again) == 1, "the other segment is read"
+    assert not torn.exists()
+    assert "damaged" in caplog.text
+    assert str(torn) in caplog.text
+
+
+def test_a_write_that_is_killed_leaves_nothing_that_is_read(tmp_path, monkeypatch):
+    first = opened(tmp_path)
+    first.put(key(0), states(0))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.flush()
+    monkeypatch.undo()
+    assert list(first.folder.iterdir()) == []
+    first.flush()
+    assert len(opened(tmp_path)) == 1, "nothing was lost"
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), room=st.integers(0, 3000))
+@settings(max_examples=30, deadline=None)
+def test_the_bound_holds_whatever_is_put(tmp_path_factory, lengths, room):
+    folder = tmp_path_factory.mktemp("bound")
+    bounded = opened(folder, max_bytes=room)
+    kept = [bounded.put(key(n), states(n, length)) for n, length in enumerate(lengths)]
+    assert sum(n * WIDTH * 4 for n, k in zip(lengths, kept, strict=True) if k) <= room
+    for n, k in enumerate(kept):
+        assert (key(n) in bounded) == k
+
+
+def test_the_bound_counts_what_other_bases_take(tmp_path):
+    other = PrefixStore(tmp_path / "other-k4-x", dtype=torch.float32, max_bytes=2**20)
+    other.put(key(0), states(0, length=50))
+    other.flush()
+    assert used_bytes(tmp_path) > 50 * WIDTH * 4
+    assert not opened(tmp_path, max_bytes=50 * WIDTH * 4).put(key(1), states(1))
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from so8t.data.store import PrefixStore, row_key
+store = PrefixStore(Path(sys.argv[1]), dtype=torch.float32, max_bytes=2**20)
+for n in range(int(sys.argv[2]), int(sys.argv[3])):
+    store.put(row_key(torch.tensor([n])), torch.full((3, 16), float(n)))
+    store.flush()
+"""
+
+
+def test_processes_write_into_one_store_at_once(tmp_path):
+    folder = tmp_path / "tiny-k2-x"
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    writers = [subprocess.Popen([*command, str(a), str(b)]) for a, b in ((0, 20), (10, 30))]
+    assert [w.wait(timeout=120) for w in writers] == [0, 0]
+    store = opened(tmp_path)
+    assert len(store) == 30
+    for n in range(30):
+        assert torch.equal(store.get(key(n)), torch.full((3, WIDTH), float(n)))
+
+
+def test_a_store_sees_what_another_process_wrote_since(tmp_path):
+    here, there = opened(tmp_path), opened(tmp_path)
+    there.put(key(0), states(0))
+    there.flush()
+    assert key(0) not in here
+    with here.filling():
+        assert key(0) in here
+
+
+# -- whose rows they are -----------------------------------------------------------------------------------------------
+
+
+def folder_of(tmp_path, *, cut: int = 2, spec: CacheSpec | None = None, **changes) -> str:
+    tiny = BaseSpec(**{"name": "tiny", "source": "random", "hidden_size": 64, "layers": 4} | changes)
+    spec = spec or CacheSpec(folder=str(tmp_path))
+    return PrefixStore.of(load_base(tiny, cut=cut), spec).folder.name
+
+
+def test_another_base_quantisation_cut_or_format_has_another_folder(tmp_path):
+    usual = folder_of(tmp_path)
+    assert usual == folder_of(tmp_path)
+    others = [
+        folder_of(tmp_path, seed=1),
+        folder_of(tmp_path, quantization="none"),
+        folder_of(tmp_path, double_quantization=False),
+        folder_of(tmp_path, cut=1),
+        folder_of(tmp_path, spec=CacheSpec(folder=str(tmp_path), dtype="bfloat16")),
+    ]
+    assert len({usual, *others}) == 6
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+STEPS = ("evaluate=false", "data.batch_size=4", "trainer.max_epochs=1", "trainer.limit_train_batches=20", SPY)
+
+
+def losses(tiny_run, folder, name: str, *settings: str) -> list[float]:
+    tiny_run(*STEPS, f"cache.folder={folder}", *settings, output_dir=folder.parent / name)
+    return [float(loss) for loss in Spy.last.losses]
+
+
+def test_the_losses_of_twenty_steps_are_the_same_with_and_without_it(tiny_run, tmp_path):
+    folder = tmp_path / "prefix"
+    without = losses(tiny_run, folder, "without", "cache.max_gib=0")
+    assert len(without) == 20
+    assert stores(folder) == []
+    cold = losses(tiny_run, folder, "cold")
+    warm = losses(tiny_run, folder, "warm")
+    assert cold == without, "float32 states: bit for bit"
+    assert warm == without
+    rounded = losses(tiny_run, folder, "rounded", "cache.dtype=bfloat16")
+    assert rounded != without
+    assert rounded == pytest.approx(without, rel=2**-6), "bf16 keeps 8 bits"
+    assert [s.rows for s in stores(folder)] == [105, 105], "two stores: 91 training rows and 14 of validation, once"
+
+
+def test_a_second_run_computes_no_prefix_of_a_row_that_the_first_has_stored(tiny_run, tmp_path, monkeypatch):
+    settings = ("trainer.max_epochs=1", f"cache.folder={tmp_path}/prefix", "loss.task_weight=0")
+    tiny_run(*settings, output_dir=tmp_path / "first")
+
+    def no_prefix(*_: object) -> None:
+        raise AssertionError("the prefix ran")
+
+    monkeypatch.setattr("so8t.base.SplitBase.prefix_layers", property(no_prefix))
+    monkeypatch.setattr(PrefixStore, "of", classmethod(lambda cls, *_: opened_at(tmp_path / "prefix")))
+    monkeypatch.setattr("so8t.base.SplitBase.check_split", lambda _: None)
+    metrics, _ = tiny_run(*settings, output_dir=tmp_path / "second")
+    assert metrics["test/rows"] > 0
+
+
+def opened_at(root) -> PrefixStore:
+    (folder,) = (p for p in root.iterdir() if p.is_dir())
+    return PrefixStore(folder, dtype=torch.float32, max_bytes=2**30)
+
+
+def test_too_little_room_is_said_before_filling_and_the_run_goes_on(tiny_run, tmp_path, capfd):
+    tiny_run("evaluate=false", "trainer.max_epochs=1", "cache.max_gib=0.0002", f"cache.folder={tmp_path}/prefix")
+    said = " ".join(capfd.readouterr().err.split())
+    assert "that is too little" in said
+    assert "cache.max_gib" in said
+    assert 0 < used_bytes(tmp_path / "prefix") < 0.0003 * 2**30
+
+
+def test_with_gates_in_every_layer_nothing_is_cached(tiny_run, tmp_path):
+    tiny_run(*STEPS, "gate.top_layers=4", f"cache.folder={tmp_path}/prefix")
+    assert Spy.last.module.cache.store is None
+
+
+# -- so8t cache --------------------------------------------------------------------------------------------------------
+
+
+def test_cache_info_counts_and_clear_deletes_stores_and_nothing_else(tmp_path, capsys):
+    store = opened(tmp_path)
+    store.put(key(0), states(0))
+    store.flush()
+    (tmp_path / "mine.txt").write_text("kept")
+    main(["cache", "info", "--folder", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "tiny-k2-x" in shown
+    assert [s.rows for s in stores(tmp_path)] == [1]
+    main(["cache", "clear", "--folder", str(tmp_path)])
+    assert "GiB freed" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert clear_stores(tmp_path) == 0
+    store.put(key(1), states(1))
+    store.flush()  # a run that was going on while it was cleared
+    assert len(opened(tmp_path)) == 1
+
+
+# -- what makes it cheap: the leading tokens, once ---------------------------------------------------------------------
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=6), min_size=1, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_lead_is_the_longest_common_beginning_of_real_tokens(rows):
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    lead = shared_lead(tokens, mask)
+    if len(rows) == 1:
+        assert lead == 0
+        return
+    columns = list(zip(*rows, strict=False))
+    common = next((i for i, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+    assert lead == min(common, width - 1)
+
+
+def test_running_the_lead_once_gives_every_row_what_it_gets_alone(tiny_model):
+    base = tiny_model.base
+    torch.nn.init.normal_(tiny_model.gates.interior["3_o_proj"].safe.coords, std=0.5)
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, 12, 0], [5, 6, 7, 13, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1] * 5 + [0], [1] * 4 + [0, 0]])
+    lead = shared_lead(tokens, mask)
+    assert lead == 3
+    hidden = base.prefix(tokens, mask)
+    together, kept = base.suffix(hidden, mask, (0, 1), lead=lead)
+    apart, kept_apart = base.suffix(hidden, mask, (0, 1))
+    real = mask.bool()
+    assert torch.allclose(together[real], apart[real], atol=1e-5)
+    assert torch.allclose(kept[1][real], kept_apart[1][real], atol=1e-5)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        alone = base.prefix(tokens[i : i + 1, :n], mask[i : i + 1, :n])
+        assert torch.allclose(alone[0], hidden[i, :n], atol=1e-5)
+
+
+def test_running_the_lead_once_gives_the_gates_the_same_gradient(tiny_model):
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, 12, 0]])
+    mask = torch.tensor([[1] * 6, [1] * 5 + [0]])
+    hidden = tiny_model.base.prefix(tokens, mask)
+    gradients = []
+    for lead in (0, 3):
+        tiny_model.zero_grad()
+        logits = tiny_model(hidden, mask, lead=lead).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).reshape(logits.shape) * mask[..., None]).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in tiny_model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5, rtol=1e-3), name
+
+
+def test_lead_keys_are_kept_for_one_layer_and_put_before_every_row():
+    keys = LeadKeys()
+    lead, own = torch.ones(1, 2, 3, 4), torch.zeros(5, 2, 1, 4)
+    assert keys.update(lead, lead, 7)[0] is lead
+    both = keys.update(own, own, 7)[0]
+    assert both.shape == (5, 2, 4, 4)
+    assert both[:, :, :3].eq(1).all()
+
+
+def test_dequantised_copies_change_no_decision_and_no_stored_weight(tmp_path):
+    spec = {"name": "tiny", "source": "random", "hidden_size": 64, "layers": 4}
+    tokens = torch.arange(12).reshape(2, 6) + 4
+    outputs = []
+    for gib in (0.0, 0.5):
+        base = load_base(BaseSpec(**spec, dense_gib=gib), cut=2)
+        assert base.decoder.layers[0].mlp.down_proj.weight.dtype == torch.uint8, "what is stored stays 4-bit"
+        outputs.append(base.prefix(tokens, torch.ones_like(tokens)))
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    assert json.loads(base.describe())["quantization"] == "nf4"
