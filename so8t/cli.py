@@ -1,4 +1,4 @@
-"""The `so8t` command: `ask` a trained run, `evaluate` it on any JSONL file, look after the `cache`."""
+"""The `so8t` command: `plan` a run's memory, `ask` a trained run, `evaluate` it on any JSONL file, look after the `cache`."""
 
 import argparse
 import json
@@ -25,6 +25,14 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="so8t", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="predict the peak memory of a training run, without GPU and weights")
+    plan.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="what train.py would be given, such as +hw=rtx3060 base=qwen2.5_7b"
+    )
+    plan.add_argument("--json", action="store_true", help="peak_gib, fits and parts as JSON on standard output")
+    plan.add_argument(
+        "--plot", type=Path, metavar="PNG", help="where the picture goes (default outputs/plan.png; with --json none)"
+    )
     ask = commands.add_parser("ask", help="decide one request; on ALLOW the agent answers")
     ask.add_argument("run", type=Path, help="a run's folder, such as outputs/2026-01-31/12-00-00")
     ask.add_argument("request", help="the request, or - to read it from standard input")
@@ -45,6 +53,30 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("action", choices=("info", "clear"))
     cache.add_argument("--folder", help="as cache.folder; by default `prefix` in the cache folder")
     return parser
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from so8t.config import compose_train, validate
+    from so8t.memory import plan
+    from so8t.plan_view import as_json, plot_plan, print_plan
+    from so8t.remedies import remedies
+
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        raise SO8TError(f"--plot {args.plot}: the picture is a PNG, name it so")
+    config = validate(compose_train([*args.overrides]))
+    console = Console(stderr=args.json, soft_wrap=True)
+    with console.status("planning"):
+        planned = plan(config)
+    with console.status("looking for settings that fit"):
+        found = remedies(config, planned)
+    picture = args.plot or (None if args.json else Path("outputs/plan.png"))
+    if picture is not None:
+        plot_plan(config, planned, picture)
+    if args.json:
+        print(json.dumps(as_json(planned, found)))
+        return
+    print_plan(config, planned, found, console)
+    console.print(f"picture: {picture}")
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -131,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     with reported():
         quieten()
-        {"ask": _ask, "evaluate": _evaluate, "cache": _cache}[args.command](args)
+        {"plan": _plan, "ask": _ask, "evaluate": _evaluate, "cache": _cache}[args.command](args)
 
 
 if __name__ == "__main__":

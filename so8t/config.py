@@ -5,8 +5,12 @@ Every section is the spec of the room that reads it. Unknown keys, wrong types a
 
 import importlib
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -70,6 +74,28 @@ class Config:
     objective: str = "val/macro_f1"
     tags: tuple[str, ...] = ()
     hw: HwSpec | None = None
+
+
+def compose_train(overrides: Sequence[str]) -> DictConfig:
+    """Composes `conf/train.yaml` as `train.py` does, for commands that run nothing and write no run folder.
+
+    Raises:
+        ConfigError: there is no such group, option or key.
+    """
+    folder = Path(__file__).parents[1] / "conf"
+    if not folder.is_dir():
+        raise ConfigError(f"there is no {folder}: run this from a checkout of the repository, where conf/ is")
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            return compose("train", overrides=["paths.output_dir=outputs", *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise composition_error(error) from None
+
+
+def composition_error(error: Exception) -> ConfigError:
+    """What Hydra cannot compose, in one line."""
+    told = str(error).split("Config search path")[0].split("full_key:")[0]
+    return ConfigError("configuration: " + " ".join(told.split()))
 
 
 def validate(composed: DictConfig) -> Config:

@@ -248,8 +248,8 @@ class SO8TModule(L.LightningModule):
             "head": list(self.model.head.parameters()),
         }
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with two groups (gates, safety head), cosine schedule with warm-up, per optimiser step."""
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """AdamW with two groups: gates, safety head."""
         spec, groups = self.optim_spec, self.parameter_groups()
         wanted = [
             {"name": "gates", "params": groups["gates_safe"] + groups["gates_cmd"], "lr": spec.gate_lr},
@@ -260,7 +260,11 @@ class SO8TModule(L.LightningModule):
             for group in wanted
             if group["params"]
         ]
-        optimizer = torch.optim.AdamW(wanted, betas=spec.betas)
+        return torch.optim.AdamW(wanted, betas=spec.betas)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, and a cosine schedule with warm-up, per optimiser step."""
+        spec, optimizer = self.optim_spec, self.make_optimizer()
         schedule = cosine_with_warmup(optimizer, warmup=spec.warmup_steps, total=self.total_steps, floor=spec.final_lr_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -31,7 +31,10 @@ from so8t.evaluation import Evaluation, evaluate, fill_cache, frozen_features, p
 from so8t.files import write_json, write_text
 from so8t.labels import LABELS
 from so8t.lightning_module import SO8TModule
+from so8t.memory import GIB, plan
 from so8t.model import SO8TModel
+from so8t.plan_view import advice, subject, verdict
+from so8t.remedies import remedies
 from so8t.report import plot_confusion, plot_group, plot_losses, read_metrics
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,10 @@ def train(composed: DictConfig) -> dict[str, float]:
     check_hardware(config)
     quieten()
     console = Console()
+    if device_of(config).type == "cuda":
+        cap_memory(config, device_of(config))
+        free, _ = torch.cuda.mem_get_info(device_of(config))
+        console.print(check_memory(config, card_gib=free / GIB))
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
@@ -103,6 +110,27 @@ def check_hardware(config: Config) -> None:
         )
 
 
+def check_memory(config: Config, *, card_gib: float) -> str:
+    """Plans the run for a card with `card_gib` free, before anything is downloaded; returns the verdict in a line.
+
+    Raises:
+        HardwareError: it does not fit, with what would.
+    """
+    planned = plan(config, card_gib=card_gib)
+    if planned.fits is False:
+        found = remedies(config, planned, card_gib=card_gib)
+        lines = [f"{subject(config)} {verdict(planned)}, {card_gib:.2f} GiB are free now", *advice(planned, found)]
+        raise HardwareError("\n".join(lines))
+    return f"planned: {verdict(planned)}"
+
+
+def cap_memory(config: Config, device: torch.device) -> None:
+    """Holds PyTorch's allocator to the profile's budget: a run that needs more fails by itself and leaves the desktop alone."""
+    if config.hw is not None:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.hw.memory_budget_gib * GIB / whole), device)
+
+
 def load_data(config: Config) -> SafetyData:
     """Reads and splits; needs no base yet, so that bad data is told before one is loaded."""
     data = SafetyData(config.data, seed=config.seed, answer_in_path=config.pet.path == "request_and_answer")
@@ -112,7 +140,8 @@ def load_data(config: Config) -> SafetyData:
 
 def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule) -> SO8TModule:
     """Base, model, cache and module of one run, as a configuration says; `data` learns the base's tokenizer."""
-    base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config))
+    with_head = bool(config.loss.task_weight)
+    base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config), with_head=with_head)
     base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
     data.use_tokenizer(base.tokenizer)
     model = SO8TModel(base, config.gate, config.head)
@@ -286,4 +315,4 @@ def print_model(module: SO8TModule, console: Console) -> None:
     )
 
 
-__all__ = ["build", "check_hardware", "find_checkpoint", "load_data", "prepare", "train"]
+__all__ = ["build", "cap_memory", "check_hardware", "check_memory", "find_checkpoint", "load_data", "prepare", "train"]
