@@ -92,14 +92,14 @@ def fill_cache(model: SO8TModel, records: Sequence[Record], template: Template, 
                 "[yellow]that is too little: what does not fit is computed again in every epoch. Raise cache.max_gib, store "
                 "less with cache.dtype=bfloat16, or free room with `so8t cache clear`[/]"
             )
-        for rows in track(_token_batches(todo, dataset), description=title, console=console, transient=True):
+        for rows in track(token_batches(todo, dataset), description=title, console=console, transient=True):
             batch = dataset[rows]
             cache.prefix(batch.tokens.to(model.base.device), batch.mask.to(model.base.device))
             if keys[rows[-1]] not in store:  # full
                 break
 
 
-def _token_batches(rows: list[int], dataset: RecordDataset) -> list[list[int]]:
+def token_batches(rows: list[int], dataset: RecordDataset) -> list[list[int]]:
     """Rows in the order of their length, as many together as `PREFIX_TOKENS` hold."""
     batches: list[list[int]] = []
     for row in rows:

@@ -129,6 +129,7 @@ QUICK = (
     "base=tiny",
     "data=jsonl",
     "gate.top_layers=2",
+    "cache.folder=${paths.output_dir}/prefix",
     "trainer.accelerator=cpu",
     "~callbacks.progress",
     "+trainer.enable_progress_bar=false",
