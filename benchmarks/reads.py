@@ -173,7 +173,7 @@ def plot(results: dict, path: Path) -> None:
         axis.scatter([found["unseen"]], [k], color=COLOURS[2], marker="^", zorder=3, label="unseen source" if not k else None)
     axis.set_yticks(range(len(results)), list(results))
     axis.invert_yaxis()
-    axis.set(xlabel="macro-F1", title="Middle layers know more of the classes than the last one does")
+    axis.set(xlabel="macro-F1", title="Linear probes on the frozen base: what each reading gives")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="lower left", fontsize=8)
     figure.tight_layout()

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from so8t.base import BaseSpec, load_base, weights_digest
+from so8t.base import BaseSpec, identity, load_base
 from so8t.data.cache import PrefixCache
 from so8t.data.tokenise import Template
 from so8t.errors import ArtefactError
@@ -23,7 +23,7 @@ from so8t.labels import LABELS
 from so8t.model import Decisions, HeadSpec, SO8TModel
 from so8t.specs import PositiveInt, spec
 
-FORMAT = 1
+FORMAT = 2
 
 
 @spec
@@ -48,7 +48,7 @@ def save_adapter(folder: Path, model: SO8TModel, template: Template, *, system_p
             "format": FORMAT,
             "labels": list(LABELS),
             "base": dataclasses.asdict(model.base.spec),
-            "base_digest": weights_digest(model.base),
+            "base_identity": identity(model.base),
             "gate": dataclasses.asdict(model.gates.spec),
             "head": dataclasses.asdict(model.head.spec),
             "template": {"system_prompt": system_prompt, "max_length": template.max_length},
@@ -115,18 +115,25 @@ def load_agent(run: Path, *, device: str | None = None) -> Agent:
     folder = find_adapter(Path(run))
     try:
         meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise ArtefactError(
+                f"{folder}: format {meta['format']} of another version of SO8T, expected {FORMAT}: train it again"
+            )
         if tuple(meta["labels"]) != LABELS:
             raise ArtefactError(f"{folder}: labels are {meta['labels']}, expected {list(LABELS)}")
         base_spec = TypeAdapter(BaseSpec).validate_python(meta["base"])
         gate = TypeAdapter(GateSpec).validate_python(meta["gate"])
         head = TypeAdapter(HeadSpec).validate_python(meta["head"])
         template_spec = TypeAdapter(TemplateSpec).validate_python(meta["template"])
+        trained = {part: meta["base_identity"][part] for part in ("unquantized", "quantized", "device")}
         tensors = load((folder / "adapter.safetensors").read_bytes())
     except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: the adapter is damaged: {str(error).splitlines()[0]}") from None
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(base_spec, cut=gate.top_layers, device=where)
-    if weights_digest(base) != meta["base_digest"] and torch.device(where).type == "cpu":
+    loaded = identity(base)
+    compared = ["unquantized", *(["quantized"] if trained["device"] == loaded["device"] else [])]
+    if any(trained[part] != loaded[part] for part in compared):
         raise ArtefactError(
             f"{folder}: was trained on another {base_spec.name} than the one loaded now (weights differ): "
             "decisions would not be those that were measured"

@@ -287,6 +287,24 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def identity(base: "SplitBase") -> dict[str, str]:
+    """What says which base this is: a SHA-256 over the decoder's unquantised tensors in bf16, the same on every device, and one
+    over its 4-bit codes and their scales, which are comparable on one kind of device. Without the lm_head, which a GPU run may
+    quantise or leave out."""
+    plain, codes = hashlib.sha256(), hashlib.sha256()
+    stored = dict(stored_tensors(base.decoder))
+    packed = {name for name in stored if any(other.startswith(f"{name}.") for other in stored)}
+    for name, tensor in sorted(stored.items()):
+        is_code = name in packed or any(name.startswith(f"{weight}.") for weight in packed)
+        if name.endswith(f"bitsandbytes__{base.spec.quantization}"):  # settings as JSON, the compute dtype among them
+            continue
+        value = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() and not is_code else tensor.dtype)
+        digest = codes if is_code else plain
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {"unquantized": plain.hexdigest(), "quantized": codes.hexdigest(), "device": base.device.type}
+
+
 def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer, and for 4-bit weights the tensors of their quantisation state."""
     for name, tensor in list(module.named_parameters()) + list(module.named_buffers()):
@@ -476,12 +494,13 @@ class SplitBase(nn.Module):
         """
         size = int(self.causal_lm.config.get_text_config().vocab_size)
         tokens = (torch.arange(2 * 7, device=self.device).reshape(2, 7) * 37 + 11) % size
+        tokens[1, :2] = tokens[0, :2]  # a lead, which runs once where it is not padding
         for side in ("right", "left"):
             mask = torch.ones_like(tokens)
             mask[0, slice(5, 7) if side == "right" else slice(0, 2)] = 0
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             whole = self.decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
-            ours = self.final_norm(self.suffix(self.prefix(tokens, mask), mask)[0])
+            ours = self.final_norm(self.suffix(self.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))[0])
             real = mask.bool()
             want, got = whole.last_hidden_state[real].float(), ours[real].float()
             error = ((want - got).norm() / want.norm()).item()

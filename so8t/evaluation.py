@@ -70,14 +70,18 @@ PREFIX_TOKENS = 2048
 """Tokens of one batch, padding included, that only passes the prefix: large enough for full speed, small beside the weights."""
 
 
-def fill_cache(model: SO8TModel, records: Sequence[Record], template: Template, *, cache: PrefixCache, title: str) -> None:
-    """Runs the prefix once over all records that the cache does not hold, and says so before, if they will not fit."""
+def fill_cache(
+    model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str
+) -> None:
+    """Runs the prefix once over all records that the cache does not hold, and says so before, if they will not fit. No batch
+    is larger than `batch_size` of the longest rows."""
     store = cache.store
     if store is None:
         return
     dataset = RecordDataset(records, template)
     keys = [row_key(torch.tensor(encoded.tokens)) for encoded in dataset.encoded]
     console = Console(stderr=True)
+    most = min(PREFIX_TOKENS, batch_size * template.max_length)
     with store.filling():
         todo = sorted((i for i, key in enumerate(keys) if key not in store), key=dataset.length)
         if not todo:
@@ -92,18 +96,18 @@ def fill_cache(model: SO8TModel, records: Sequence[Record], template: Template, 
                 "[yellow]that is too little: what does not fit is computed again in every epoch. Raise cache.max_gib, store "
                 "less with cache.dtype=bfloat16, or free room with `so8t cache clear`[/]"
             )
-        for rows in track(token_batches(todo, dataset), description=title, console=console, transient=True):
+        for rows in track(token_batches(todo, dataset, most), description=title, console=console, transient=True):
             batch = dataset[rows]
             cache.prefix(batch.tokens.to(model.base.device), batch.mask.to(model.base.device))
             if keys[rows[-1]] not in store:  # full
                 break
 
 
-def token_batches(rows: list[int], dataset: RecordDataset) -> list[list[int]]:
-    """Rows in the order of their length, as many together as `PREFIX_TOKENS` hold."""
+def token_batches(rows: list[int], dataset: RecordDataset, most: int = PREFIX_TOKENS) -> list[list[int]]:
+    """Rows in the order of their length, as many together as `most` tokens hold."""
     batches: list[list[int]] = []
     for row in rows:
-        if not batches or (len(batches[-1]) + 1) * dataset.length(row) > PREFIX_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * dataset.length(row) > most:
             batches.append([])
         batches[-1].append(row)
     return batches

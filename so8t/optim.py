@@ -13,7 +13,7 @@ from so8t.specs import Count, Fraction, NotNegative, Positive, spec
 class OptimSpec:
     """What `conf/optim` says. `clip` is a gradient norm per group, 0 turns clipping off."""
 
-    gate_lr: Positive = 1e-2
+    gate_lr: Positive = 2e-2
     head_lr: Positive = 1e-3
     weight_decay: NotNegative = 0.01
     gate_weight_decay: NotNegative = 0.0

@@ -163,9 +163,11 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
 
 def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bool) -> None:
     """What is done once before training: the cache is filled, and a new head learns what to shift and scale by."""
-    part = config.trainer.get("limit_train_batches", 1.0) != 1.0 or config.trainer.get("overfit_batches")
+    limit = config.trainer.get("limit_train_batches", 1.0)
+    part = isinstance(limit, int) or limit != 1.0 or config.trainer.get("overfit_batches")  # 1 is one batch, 1.0 all
     if not part and config.pet.path == "request":  # an epoch takes all training rows, as `fill_cache` sees them
-        fill_cache(module.model, data.train, data.template, cache=module.cache, title="frozen prefix of the training rows")
+        title, size = "frozen prefix of the training rows", config.data.eval_batch_size
+        fill_cache(module.model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
     if config.head.standardise and not resumed:
         module.standardise(data.sample(STANDARDISE_ROWS))
 

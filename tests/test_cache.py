@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from so8t.base import BaseSpec, LeadKeys, load_base, shared_lead
 from so8t.cli import main
 from so8t.data import store as store_module
-from so8t.data.store import CacheSpec, PrefixStore, clear_stores, row_key, stores, used_bytes
+from so8t.data.cache import PrefixCache
+from so8t.data.store import CacheSpec, PrefixStore, clear_stores, row_key, store_root, stores, used_bytes
+from so8t.errors import ConfigError
 from tests.spies import Spy
 
 WIDTH = 16
@@ -82,7 +84,7 @@ def test_a_write_that_is_killed_leaves_nothing_that_is_read(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         first.flush()
     monkeypatch.undo()
-    assert list(first.folder.iterdir()) == []
+    assert list(first.folder.glob("*.safetensors")) == []
     first.flush()
     assert len(opened(tmp_path)) == 1, "nothing was lost"
 
@@ -137,6 +139,37 @@ def test_a_store_sees_what_another_process_wrote_since(tmp_path):
         assert key(0) in here
 
 
+def test_a_full_disk_is_told_and_the_run_goes_on_in_memory(tmp_path, monkeypatch, caplog):
+    store = opened(tmp_path)
+    store.put(key(0), states(0))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module, "save_file", full)
+    store.flush()
+    assert "No space left on device" in caplog.text
+    assert torch.equal(store.get(key(0)), states(0))
+    assert not store.put(key(1), states(1)), "nothing more is stored"
+    assert list(store.folder.glob("*.part-*")) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache\.folder: cannot write into .*file.*cache\.max_gib=0"):
+        PrefixStore(tmp_path / "file" / "tiny-k2-x", dtype=torch.float32, max_bytes=100)
+
+
+def test_rows_that_cannot_be_read_back_are_still_right(tiny_base, tmp_path, monkeypatch):
+    store = PrefixStore.of(tiny_base, CacheSpec(folder=str(tmp_path)))
+    monkeypatch.setattr(store_module, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(PrefixStore, "_read", lambda *_: None)
+    tokens = torch.arange(10).reshape(2, 5) + 4
+    mask = torch.ones_like(tokens)
+    hidden = PrefixCache(tiny_base, store=store).prefix(tokens, mask)
+    assert torch.equal(hidden, tiny_base.prefix(tokens, mask))
+
+
 # -- whose rows they are -----------------------------------------------------------------------------------------------
 
 
@@ -164,6 +197,11 @@ def test_another_base_quantisation_cut_or_format_has_another_folder(tmp_path):
 STEPS = ("evaluate=false", "data.batch_size=4", "trainer.max_epochs=1", "trainer.limit_train_batches=20", SPY)
 
 
+def own(folder):
+    """Where a run with `cache.folder=FOLDER` has its stores."""
+    return store_root(str(folder))
+
+
 def losses(tiny_run, folder, name: str, *settings: str) -> list[float]:
     tiny_run(*STEPS, f"cache.folder={folder}", *settings, output_dir=folder.parent / name)
     return [float(loss) for loss in Spy.last.losses]
@@ -173,7 +211,7 @@ def test_the_losses_of_twenty_steps_are_the_same_with_and_without_it(tiny_run, t
     folder = tmp_path / "prefix"
     without = losses(tiny_run, folder, "without", "cache.max_gib=0")
     assert len(without) == 20
-    assert stores(folder) == []
+    assert stores(own(folder)) == []
     cold = losses(tiny_run, folder, "cold")
     warm = losses(tiny_run, folder, "warm")
     assert cold == without, "float32 states: bit for bit"
@@ -181,7 +219,7 @@ def test_the_losses_of_twenty_steps_are_the_same_with_and_without_it(tiny_run, t
     rounded = losses(tiny_run, folder, "rounded", "cache.dtype=bfloat16")
     assert rounded != without
     assert rounded == pytest.approx(without, rel=2**-6), "bf16 keeps 8 bits"
-    assert [s.rows for s in stores(folder)] == [105, 105], "two stores: 91 training rows and 14 of validation, once"
+    assert [s.rows for s in stores(own(folder))] == [105, 105], "two stores: 91 training rows and 14 of validation, once"
 
 
 def test_a_second_run_computes_no_prefix_of_a_row_that_the_first_has_stored(tiny_run, tmp_path, monkeypatch):
@@ -192,7 +230,7 @@ def test_a_second_run_computes_no_prefix_of_a_row_that_the_first_has_stored(tiny
         raise AssertionError("the prefix ran")
 
     monkeypatch.setattr("so8t.base.SplitBase.prefix_layers", property(no_prefix))
-    monkeypatch.setattr(PrefixStore, "of", classmethod(lambda cls, *_: opened_at(tmp_path / "prefix")))
+    monkeypatch.setattr(PrefixStore, "of", classmethod(lambda cls, *_: opened_at(own(tmp_path / "prefix"))))
     monkeypatch.setattr("so8t.base.SplitBase.check_split", lambda _: None)
     metrics, _ = tiny_run(*settings, output_dir=tmp_path / "second")
     assert metrics["test/rows"] > 0
@@ -208,7 +246,7 @@ def test_too_little_room_is_said_before_filling_and_the_run_goes_on(tiny_run, tm
     said = " ".join(capfd.readouterr().err.split())
     assert "that is too little" in said
     assert "cache.max_gib" in said
-    assert 0 < used_bytes(tmp_path / "prefix") < 0.0003 * 2**30
+    assert 0 < used_bytes(own(tmp_path / "prefix")) < 0.0003 * 2**30
 
 
 def test_with_gates_in_every_layer_nothing_is_cached(tiny_run, tmp_path):
@@ -220,21 +258,25 @@ def test_with_gates_in_every_layer_nothing_is_cached(tiny_run, tmp_path):
 
 
 def test_cache_info_counts_and_clear_deletes_stores_and_nothing_else(tmp_path, capsys):
-    store = opened(tmp_path)
+    root = store_root(str(tmp_path))
+    store = opened(root)
     store.put(key(0), states(0))
     store.flush()
-    (tmp_path / "mine.txt").write_text("kept")
+    for mine in (tmp_path / "my-kernels" / "model.safetensors", root / "my-keys" / "model.safetensors"):
+        mine.parent.mkdir(parents=True)
+        mine.write_text("kept")
     main(["cache", "info", "--folder", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "tiny-k2-x" in shown
-    assert [s.rows for s in stores(tmp_path)] == [1]
+    assert "my-ke" not in shown
+    assert [s.rows for s in stores(root)] == [1]
     main(["cache", "clear", "--folder", str(tmp_path)])
     assert "GiB freed" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-    assert clear_stores(tmp_path) == 0
+    assert sorted(p.name for p in tmp_path.rglob("*.safetensors")) == ["model.safetensors"] * 2
+    assert clear_stores(root) == 0
     store.put(key(1), states(1))
     store.flush()  # a run that was going on while it was cleared
-    assert len(opened(tmp_path)) == 1
+    assert len(opened(root)) == 1
 
 
 # -- what makes it cheap: the leading tokens, once ---------------------------------------------------------------------

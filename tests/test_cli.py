@@ -323,13 +323,15 @@ def extra_tensor(folder: Path) -> None:
         (no_json, "the adapter is damaged"),
         (without("gate"), "the adapter is damaged"),
         (edited(labels=["ALLOW", "REFUSE", "ESCALATE"]), "labels are ['ALLOW', 'REFUSE', 'ESCALATE'], expected"),
+        (without("base_identity"), "the adapter is damaged"),
+        (edited(format=1), "format 1 of another version of SO8T, expected 2: train it again"),
         (edited(base={"name": "tiny", "source": "random", "colour": 1}), "the adapter is damaged"),
         (edited(template={"max_length": 160, "shape": 2}), "adapter"),
         (other_gates, "tensors do not fit"),
         (extra_tensor, "tensors do not fit"),
         (other_base, "another tiny than the one loaded now"),
     ],
-    ids=["cut", "json", "key", "labels", "base key", "template key", "gates", "extra tensor", "base"],
+    ids=["cut", "json", "key", "labels", "identity", "format", "base key", "template key", "gates", "extra tensor", "base"],
 )
 def test_a_damaged_or_foreign_adapter_is_told_in_one_line(so8t, finished_run, tmp_path, damage, told):
     shutil.copytree(finished_run / "adapter", tmp_path / "run" / "adapter")

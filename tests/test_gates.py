@@ -1,11 +1,12 @@
 """Gates in a base: attached without touching it, in SO(8), in the right order, and nothing absorbed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from so8t.base import load_base, stored_tensors
+from so8t.base import identity, load_base, stored_tensors
 from so8t.errors import BaseModelError, ConfigError, GroupError
 from so8t.gates import GateSet, GateSpec, InteriorGate, NonCommutativeGate, Rotation
 from so8t.model import HeadSpec, SO8TModel, at_position
@@ -179,10 +180,23 @@ def test_invariants_name_every_gate_and_the_pairs_commutator(tiny_model):
 
 
 def test_a_base_whose_hidden_size_is_not_a_multiple_of_eight_is_refused():
-    from dataclasses import replace
-
     with pytest.raises(GroupError, match="hidden size 60 is not a multiple of 8"):
         load_base(replace(TINY, hidden_size=60), cut=2)
+
+
+def test_a_base_is_the_same_whatever_its_compute_dtype_and_head_and_another_one_is_not():
+    plain = identity(load_base(TINY, cut=2))
+    assert plain == identity(load_base(TINY, cut=1)), "the cut is no part of it"
+    in_bf16 = identity(load_base(replace(TINY, compute_dtype="bfloat16"), cut=2))
+    with_head = identity(load_base(replace(TINY, quantize_head=True), cut=2))
+    assert plain["unquantized"] == in_bf16["unquantized"] == with_head["unquantized"]
+    assert plain["quantized"] == with_head["quantized"]
+    other = identity(load_base(replace(TINY, seed=1), cut=2))
+    assert other["unquantized"] != plain["unquantized"]
+    assert other["quantized"] != plain["quantized"]
+    coarser = identity(load_base(replace(TINY, double_quantization=False), cut=2))
+    assert coarser["unquantized"] == plain["unquantized"]
+    assert coarser["quantized"] != plain["quantized"]
 
 
 def test_more_layers_than_the_base_has_are_refused():

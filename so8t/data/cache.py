@@ -47,8 +47,8 @@ class PrefixCache:
             longest = max(lengths[i] for i in todo)
             fresh = self.base.prefix(tokens[todo, :longest], mask[todo, :longest], self.keep)
             for row, i in zip(fresh, todo, strict=True):
-                if not self._put(keys[i], row[: lengths[i]]):
-                    hidden[i, : lengths[i]] = row[: lengths[i]]
+                self._put(keys[i], row[: lengths[i]])
+                hidden[i, : lengths[i]] = row[: lengths[i]]
         for i, key in enumerate(keys):
             if key in self:
                 hidden[i, : lengths[i]] = self._get(key)
@@ -62,12 +62,10 @@ class PrefixCache:
     def _get(self, key: bytes) -> Tensor:
         return self._rows[key] if self.store is None else self.store.get(key)
 
-    def _put(self, key: bytes, states: Tensor) -> bool:
-        if self.store is not None:
-            return self.store.put(key, states)
+    def _put(self, key: bytes, states: Tensor) -> None:
         size = states.numel() * states.element_size()
-        if size > self.room:
-            return False
-        self._rows[key] = states.cpu().clone()
-        self.room -= size
-        return True
+        if self.store is not None:
+            self.store.put(key, states)
+        elif size <= self.room:
+            self._rows[key] = states.cpu().clone()
+            self.room -= size

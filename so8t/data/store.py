@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from so8t.base import SplitBase, weights_digest
+from so8t.errors import ConfigError
 from so8t.fetch import cache_dir
+from so8t.files import write_json
 from so8t.specs import NotNegative, spec
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,9 @@ SPARE_BYTES = 2**28
 """Free disk that is never filled."""
 
 _FORMAT = 1
+_MARKER = "store.json"
+_PART = ".part-"
+_STALE_SECONDS = 3600
 
 
 @spec
@@ -51,19 +57,20 @@ class CacheSpec:
 
 
 def store_root(folder: str | None = None) -> Path:
-    """Where all stores are: the folder asked for, or `prefix` in the cache folder."""
-    return cache_dir() / "prefix" if folder is None else Path(folder).expanduser()
+    """Where all stores are: `prefix` in the cache folder, or a folder of our own in the one asked for."""
+    return cache_dir() / "prefix" if folder is None else Path(folder).expanduser() / "so8t-prefix"
 
 
-def used_bytes(folder: Path) -> int:
-    """What the segments below a folder take on disk."""
-    total = 0
-    for path in folder.rglob("*.safetensors"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # cleared by another process meanwhile
-            continue
-    return total
+def used_bytes(root: Path) -> int:
+    """What the segments of all stores in a folder take on disk."""
+    return sum(_size(path) for path in root.glob("*/*.safetensors"))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # cleared by another process meanwhile
+        return 0
 
 
 def row_key(tokens: Tensor) -> bytes:
@@ -78,6 +85,9 @@ class PrefixStore:
         folder: this prefix's folder.
         dtype: how states are stored.
         max_bytes: bound for this folder and those beside it together; what does not fit is not kept.
+
+    Raises:
+        ConfigError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, max_bytes: int):
@@ -87,8 +97,20 @@ class PrefixStore:
         self._fresh: dict[bytes, Tensor] = {}
         self._fresh_bytes = 0
         self._known: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
+        self._broken = False
+        try:
+            self._make()
+        except OSError as error:
+            raise ConfigError(
+                f"cache.folder: cannot write into {folder.parent} ({error.strerror}): choose another, or set cache.max_gib=0"
+            ) from None
         self.refresh()
+
+    def _make(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker = self.folder / _MARKER
+        if not marker.exists():
+            write_json(marker, {"format": _FORMAT})
 
     @classmethod
     def of(cls, base: SplitBase, spec: CacheSpec, keep: tuple[int, ...] = ()) -> "PrefixStore":
@@ -133,32 +155,42 @@ class PrefixStore:
         return True
 
     def flush(self) -> None:
-        """Writes what is new as one segment."""
+        """Writes what is new as one segment. Where that fails (a full disk), this run keeps it in memory and stores no more."""
         if not self._fresh:
             return
+        try:
+            self._write()
+        except (OSError, SafetensorError) as error:
+            log.warning("cannot write into %s (%s): this run stores no more rows there", self.folder, error)
+            self._rows |= self._fresh
+            self._broken = True
+        self._fresh, self._fresh_bytes = {}, 0
+        self.refresh()
+
+    def _write(self) -> None:
         rows = list(self._fresh.values())
-        states = torch.cat(rows)
         content = {
-            "states": states,
+            "states": torch.cat(rows),
             "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
             "keys": torch.frombuffer(bytearray(b"".join(self._fresh)), dtype=torch.uint8).reshape(len(rows), 16),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+        self._make()
+        handle, part = tempfile.mkstemp(dir=self.folder, prefix=_PART)
         os.close(handle)
         try:
             save_file(content, part, metadata={"sum": str(_sum(content))})
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(part, self.folder / f"{Path(part).name.removeprefix('.part-')}.safetensors")
+            os.chmod(part, 0o644)
+            os.replace(part, self.folder / f"{Path(part).name.removeprefix(_PART)}.safetensors")
         finally:
             Path(part).unlink(missing_ok=True)
-        self._fresh, self._fresh_bytes = {}, 0
-        self.refresh()
 
     def refresh(self) -> None:
         """Takes notice of segments that this or other processes have written, and of the room that they leave."""
-        self.room = min(self.max_bytes - used_bytes(self.folder.parent), shutil.disk_usage(self.folder).free - SPARE_BYTES)
+        root = self.folder.parent
+        left = min(self.max_bytes - used_bytes(root), shutil.disk_usage(root).free - SPARE_BYTES)
+        self.room = 0 if self._broken else left
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self._known:
                 self._known.add(path.name)
@@ -169,9 +201,10 @@ class PrefixStore:
             with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
                 expected = (file.metadata() or {}).get("sum")
                 content = {name: file.get_tensor(name) for name in ("keys", "ends", "states")}
-        except FileNotFoundError:  # cleared by another process meanwhile
+        except OSError as error:  # cleared by another process meanwhile, or not ours to read
+            log.info("%s is not read: %s", path, error)
             return
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             reason = str(error).splitlines()[0]
         else:
             if str(_sum(content)) == expected:
@@ -186,10 +219,21 @@ class PrefixStore:
     @contextmanager
     def filling(self) -> Iterator[None]:
         """One process fills at a time; the others wait here and then find its rows."""
-        with FileLock(self.folder.parent / f"{self.folder.name}.lock"):
+        lock = FileLock(self.folder.parent / f"{self.folder.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process fills %s: waiting for its rows", self.folder)
+            lock.acquire()
+        try:
+            for part in self.folder.glob(f"{_PART}*"):  # of writers that were killed
+                if time.time() - part.stat().st_mtime > _STALE_SECONDS:
+                    part.unlink(missing_ok=True)
             self.refresh()
             yield
             self.flush()
+        finally:
+            lock.release()
 
 
 def _sum(content: dict[str, Tensor]) -> int:
@@ -211,7 +255,7 @@ class StoreInfo:
 def stores(root: Path) -> list[StoreInfo]:
     """Every store in a folder."""
     found = []
-    for folder in sorted(p for p in root.glob("*-k*") if p.is_dir()):
+    for folder in sorted(marker.parent for marker in root.glob(f"*/{_MARKER}")):
         rows = 0
         for path in folder.glob("*.safetensors"):
             try:
@@ -219,7 +263,8 @@ def stores(root: Path) -> list[StoreInfo]:
                     rows += file.get_slice("ends").get_shape()[0]
             except (SafetensorError, OSError):
                 continue
-        found.append(StoreInfo(folder.name, rows, used_bytes(folder)))
+        size = sum(_size(path) for path in folder.glob("*.safetensors"))
+        found.append(StoreInfo(folder.name, rows, size))
     return found
 
 
