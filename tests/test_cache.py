@@ -179,9 +179,11 @@ def folder_of(tmp_path, *, cut: int = 2, spec: CacheSpec | None = None, **change
     return PrefixStore.of(load_base(tiny, cut=cut), spec).folder.name
 
 
-def test_another_base_quantisation_cut_or_format_has_another_folder(tmp_path):
+def test_another_base_quantisation_cut_or_format_has_another_folder(tmp_path, monkeypatch):
     usual = folder_of(tmp_path)
     assert usual == folder_of(tmp_path)
+    monkeypatch.setenv("SO8T_CACHE", str(tmp_path / "elsewhere"))
+    assert usual == folder_of(tmp_path), "where the base's files lie is no part of it"
     others = [
         folder_of(tmp_path, seed=1),
         folder_of(tmp_path, quantization="none"),

@@ -117,6 +117,9 @@ class PrefixStore:
         """The store of a base's prefix, with the layers below the cut that are kept beside it."""
         dtype = {"auto": base.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.dtype]
         below = nn.ModuleList([base.decoder.embed_tokens, *base.prefix_layers])
+        config = base.causal_lm.config.get_text_config().to_dict()
+        for place_or_version in ("_name_or_path", "transformers_version"):
+            config.pop(place_or_version, None)
         facts = {
             "format": _FORMAT,
             "weights": weights_digest(below),
@@ -125,9 +128,9 @@ class PrefixStore:
             "keep": keep,
             "compute": str(base.dtype),
             "dtype": str(dtype),
-            "config": base.causal_lm.config.get_text_config().to_json_string(use_diff=False),
+            "config": config,
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
         folder = store_root(spec.folder) / f"{base.spec.name}-k{base.cut}-{str(dtype).removeprefix('torch.')}-{digest}"
         return cls(folder, dtype=dtype, max_bytes=int(spec.max_gib * 2**30))
 
