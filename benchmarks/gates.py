@@ -18,7 +18,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -27,7 +26,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from so8t.baselines import Baselines
-from so8t.config import Config, validate
+from so8t.config import Config, compose_train, validate
 from so8t.console import quieten
 from so8t.data.datamodule import SafetyData
 from so8t.evaluation import evaluate, frozen_features, predict
@@ -74,9 +73,13 @@ class LoraModule(SO8TModule):
         return super().state_dict() | {f"lora.{n}": p for n, p in self.lora().items()}
 
 
+def machine() -> str:
+    """What the figures were measured on."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {platform.python_version()}, torch {torch.__version__}"
+
+
 def composed(overrides: list[str], folder: Path) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", overrides=[*overrides, f"paths.output_dir={folder}", "~callbacks.progress"])
+    config = compose_train([*overrides, f"paths.output_dir={folder}", "~callbacks.progress"])
     OmegaConf.set_struct(config, False)
     config.trainer.enable_progress_bar = False
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
@@ -157,7 +160,7 @@ def main() -> None:
         if other or before["rows"] != rows:
             raise SystemExit(f"{file} holds runs of other settings ({', '.join(other) or 'rows'}): give --name another name")
     out = {
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {platform.python_version()}, torch {torch.__version__}",
+        "machine": machine(),
         "overrides": args.overrides,
         "rows": rows,
         "config": settings,

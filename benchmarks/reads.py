@@ -8,8 +8,6 @@ beside. Writes `results/reads.json` and `results/reads.png`.
 """
 
 import argparse
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.metrics import f1_score
 
-from benchmarks.gates import RESULTS, ROOT, composed
+from benchmarks.gates import RESULTS, ROOT, composed, machine
 from so8t.base import load_base
 from so8t.baselines import ProbeBaseline, TfidfBaseline, full_text
 from so8t.config import validate
@@ -139,17 +137,16 @@ def main() -> None:
     for name, reading in track(READINGS.items(), description="fitting", console=Console(stderr=True), transient=True):
         results[name] = judged(probe_fit(features(states, reading), y), PROBE_STRENGTHS, y, source, parts)
     results["TF-IDF"] = judged(tfidf_fit([full_text(r) for r in rows], y), TFIDF_STRENGTHS, y, source, parts)
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {platform.python_version()}, torch {torch.__version__}"
     counts = {name: len(part) for name, part in sets.items()}
-    write_json(RESULTS / "reads.json", {"machine": machine, "overrides": overrides, "rows": counts, "readings": results})
-    report(results, machine)
+    write_json(RESULTS / "reads.json", {"machine": machine(), "overrides": overrides, "rows": counts, "readings": results})
+    report(results)
     plot(results, RESULTS / "reads.png")
 
 
-def report(results: dict, machine: str) -> None:
+def report(results: dict) -> None:
     """Mixed split and unseen source, then every source left out in turn."""
     names = list(next(iter(results.values()))["left_out"])
-    table = Table(title=f"macro-F1 of linear probes on frozen states; {machine}", title_justify="left")
+    table = Table(title=f"macro-F1 of linear probes on frozen states; {machine()}", title_justify="left")
     for column in ("reading", "val", "mixed test", "unseen", *(f"without {n}" for n in names), "their mean"):
         table.add_column(column, justify="left" if column == "reading" else "right")
     for reading, found in results.items():

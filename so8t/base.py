@@ -283,7 +283,7 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in stored_tensors(module):
         digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -292,17 +292,22 @@ def identity(base: "SplitBase") -> dict[str, str]:
     over its 4-bit codes and their scales, which are comparable on one kind of device. Without the lm_head, which a GPU run may
     quantise or leave out."""
     plain, codes = hashlib.sha256(), hashlib.sha256()
-    stored = dict(stored_tensors(base.decoder))
-    packed = {name for name in stored if any(other.startswith(f"{name}.") for other in stored)}
-    for name, tensor in sorted(stored.items()):
-        is_code = name in packed or any(name.startswith(f"{weight}.") for weight in packed)
-        if name.endswith(f"bitsandbytes__{base.spec.quantization}"):  # settings as JSON, the compute dtype among them
+    named = [*base.decoder.named_parameters(), *base.decoder.named_buffers()]
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        state = getattr(tensor, "quant_state", None)
+        if state is None:
+            plain.update(name.encode() + _bytes(tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor))
             continue
-        value = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() and not is_code else tensor.dtype)
-        digest = codes if is_code else plain
-        digest.update(name.encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        codes.update(name.encode() + _bytes(tensor))
+        for part, value in sorted(state.as_dict(packed=True).items()):
+            if not part.endswith(f"bitsandbytes__{state.quant_type}"):  # settings as JSON, the compute dtype among them
+                codes.update(part.encode() + _bytes(value))
     return {"unquantized": plain.hexdigest(), "quantized": codes.hexdigest(), "device": base.device.type}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """A tensor's numbers as they are stored."""
+    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -313,6 +318,11 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if state is not None:
             for part, value in state.as_dict(packed=True).items():
                 yield f"{name}.{part}", value
+
+
+def layer_at(fraction: float, depth: int) -> int:
+    """The layer at a fraction of the depth, counted from the embedding (0) to the last layer's output: 0.6 of 30 is 18."""
+    return int(fraction * depth + 0.5)
 
 
 def shared_lead(tokens: Tensor, mask: Tensor) -> int:
@@ -338,6 +348,11 @@ class LeadKeys:
         both = [torch.cat([lead.expand(len(own), -1, -1, -1), own], dim=2)
                 for lead, own in zip(self._kept.pop(layer_idx), (keys, values), strict=True)]  # fmt: skip
         return both[0], both[1]
+
+
+def _joined(first: Tensor, rest: Tensor) -> Tensor:
+    """Every row's tokens from the lead's states `[1, n, D]` and its own `[B, T - n, D]`."""
+    return torch.cat([first.expand(len(rest), -1, -1), rest], dim=1) if first.shape[1] else rest
 
 
 def _part(context: dict[str, Any], rows: slice, queries: slice, seen: slice) -> dict[str, Any]:
@@ -405,10 +420,6 @@ class SplitBase(nn.Module):
         """The top `cut` layers."""
         return list(self.decoder.layers[self.depth - self.cut :])
 
-    def layer_at(self, fraction: float) -> int:
-        """The layer at a fraction of the depth, counted from the embedding (0) to the last layer's output: 0.6 of 30 is 18."""
-        return int(fraction * self.depth + 0.5)
-
     def train(self, mode: bool = True) -> "SplitBase":
         """The base never trains: dropout stays off and quantised layers keep their layout."""
         return super().train(False)
@@ -433,14 +444,9 @@ class SplitBase(nn.Module):
     def prefix(self, tokens: Tensor, mask: Tensor, keep: tuple[int, ...] = ()) -> Tensor:
         """Embedding and the layers below the cut, without gradients: `[B, T] -> [B, T, D]`, and `[B, T, (1 + n) D]` where the
         outputs of `n` layers (0 is the embedding) are kept, side by side behind it."""
-        states = self._states(self.prefix_layers, self.decoder.embed_tokens(tokens), mask, shared_lead(tokens, mask))
-        kept = {}
-        hidden = None
-        for index, hidden in enumerate(states):
-            if index in keep:
-                kept[index] = hidden
-        assert hidden is not None
-        return torch.cat([hidden, *(kept[index] for index in keep)], dim=-1) if keep else hidden
+        embedded = self.decoder.embed_tokens(tokens)
+        top, kept = self._run(self.prefix_layers, embedded, mask, keep, shared_lead(tokens, mask))
+        return torch.cat([top, *(kept[index] for index in keep)], dim=-1) if keep else top
 
     def suffix(
         self, hidden: Tensor, mask: Tensor, keep: tuple[int, ...] = (), *, lead: int = 0
@@ -450,34 +456,28 @@ class SplitBase(nn.Module):
         `keep` names layers, counted from the top of the suffix input (0 = its input, `cut` = its output), whose
         hidden states are returned as well. `lead` is how many tokens all rows begin with (`shared_lead`).
         """
-        kept = {}
-        top = hidden
-        for index, top in enumerate(self._states(self.suffix_layers, hidden, mask, lead)):
-            if index in keep:
-                kept[index] = top
-        return top, kept
+        return self._run(self.suffix_layers, hidden, mask, keep, lead)
 
-    def _states(self, layers: list[nn.Module], hidden: Tensor, mask: Tensor, lead: int) -> Iterator[Tensor]:
-        """`hidden` and the output of every layer, `[B, T, D]` each. The leading tokens that all rows share run as one row: a
-        causal model gives them the same states in every row."""
+    def _run(
+        self, layers: list[nn.Module], hidden: Tensor, mask: Tensor, keep: tuple[int, ...], lead: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Layers one after the other: `[B, T, D] -> [B, T, D]`, and the states after those in `keep` (0 is the input). The
+        leading tokens that all rows share run as one row: a causal model gives them the same states in every row."""
+        again = self.checkpoint_suffix and torch.is_grad_enabled()
+        lead = 0 if again else lead  # a layer that is run again would keep its keys twice
         context = self._context(hidden, mask)
-        yield hidden
-        if lead == 0 or (self.checkpoint_suffix and torch.is_grad_enabled()):  # a recomputed layer would keep its keys twice
-            for layer in layers:
-                if self.checkpoint_suffix and torch.is_grad_enabled():
-                    hidden = checkpoint(layer, hidden, use_reentrant=False, **context)
-                else:
-                    hidden = layer(hidden, **context)
-                yield hidden
-            return
-        keys = LeadKeys()
-        of_lead = _part(context, slice(0, 1), slice(0, lead), slice(0, lead)) | {"past_key_values": keys}
-        of_rest = _part(context, slice(None), slice(lead, None), slice(None)) | {"past_key_values": keys}
+        keys = {"past_key_values": LeadKeys()} if lead else {}
+        of_lead = _part(context, slice(0, 1), slice(0, lead), slice(0, lead)) | keys
+        of_rest = _part(context, slice(None), slice(lead, None), slice(None)) | keys
         first, rest = hidden[:1, :lead], hidden[:, lead:]
-        for layer in layers:
-            first = layer(first, **of_lead)
-            rest = layer(rest, **of_rest)
-            yield torch.cat([first.expand(len(rest), -1, -1), rest], dim=1)
+        kept = {0: hidden} if 0 in keep else {}
+        for index, layer in enumerate(layers, start=1):
+            if lead:
+                first = layer(first, **of_lead)
+            rest = checkpoint(layer, rest, use_reentrant=False, **of_rest) if again else layer(rest, **of_rest)
+            if index in keep:
+                kept[index] = _joined(first, rest)
+        return _joined(first, rest), kept
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The base's norm before its lm_head: `[B, T, D] -> [B, T, D]`."""

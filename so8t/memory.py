@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from so8t.base import SplitBase, shared_lead
+from so8t.base import SplitBase, layer_at, shared_lead
 from so8t.blank import blank_base, weights_by_part
 from so8t.config import Config
 from so8t.data.datamodule import Batch, TaskBatch
@@ -171,7 +171,7 @@ def _shortened(config: Config, shape: PreTrainedConfig) -> tuple[Config, PreTrai
     """The same base with a few layers below the cut, which stand for all of them, and how many were left out: where layers are
     alike, those below the cut add nothing to a peak but their weights. The head goes on reading as many of them."""
     depth, cut = shape.num_hidden_layers, config.gate.top_layers
-    reads = {read: int(read * depth + 0.5) for read in config.head.reads if read != "last"}  # as `SplitBase.layer_at`
+    reads = {read: layer_at(read, depth) for read in config.head.reads if read != "last"}
     below = sorted(read for read, layer in reads.items() if layer < depth - cut)
     left_out = max(0, depth - cut - 2 - len(below))
     kinds = getattr(shape, "layer_types", None)

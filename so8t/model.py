@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from so8t.base import SplitBase
+from so8t.base import SplitBase, layer_at
 from so8t.errors import ConfigError
 from so8t.gates import GateSet, GateSpec
 from so8t.labels import FAIL_CLOSED, LABELS
@@ -135,7 +135,7 @@ class SO8TModel(nn.Module):
 
     def __init__(self, base: SplitBase, gate: GateSpec, head: HeadSpec):
         super().__init__()
-        layers = [None if read == "last" else base.layer_at(read) for read in head.reads]
+        layers = [None if read == "last" else layer_at(read, base.depth) for read in head.reads]
         if not layers or len(set(layers)) < len(layers):
             raise ConfigError(f"head.reads={list(head.reads)}: name 'last' or fractions of the depth, each layer once")
         self.layers = layers
