@@ -1,0 +1,56 @@
+"""`so8t ask`: decides one request; on ALLOW the agent answers."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from so8t.commands.types import positive
+from so8t.errors import SO8TError
+from so8t.labels import LABELS, Label
+
+HELP = "decide one request; on ALLOW the agent answers"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("run", type=Path, help="a run's folder, such as outputs/2026-01-31/12-00-00")
+    parser.add_argument("request", help="the request, or - to read it from standard input")
+    parser.add_argument("--context", help="what the agent knows of the setting")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the answer (default 128)")
+    parser.add_argument(
+        "--gated", action="store_true", help="answer behind all gates (R_cmd included) instead of from the intact base"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    from so8t.adapter import load_agent
+
+    request = sys.stdin.read() if args.request == "-" else args.request
+    if not request.strip():
+        raise SO8TError("the request is empty")
+    agent = load_agent(args.run)
+    decisions = agent.decide(request, args.context)
+    label = Label(int(decisions.labels[0]))
+    probabilities = {name: float(decisions.probabilities[0, k]) for k, name in enumerate(LABELS)}
+    answer = None
+    if label is Label.ALLOW:
+        answer = agent.answer(request, args.context, max_new_tokens=args.max_new_tokens, gated=args.gated)
+    if args.json:
+        out = {"user_request": request, "decision": label.name, "probabilities": probabilities, "answer": answer}
+        if bool(decisions.failed[0]):
+            out["failure"] = "a logit was not finite"
+        print(json.dumps(out, ensure_ascii=False))
+        return
+    console = Console(soft_wrap=True)
+    colour = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}[label]
+    console.print(f"[bold {colour}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items()))
+    if bool(decisions.failed[0]):
+        console.print("this is a failure (a logit was not finite), not a prediction")
+    if answer is not None:
+        console.print(escape(answer))

@@ -1,0 +1,57 @@
+"""`so8t evaluate`: decides every row of a JSONL file and prints the metrics."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from so8t.commands.types import positive
+from so8t.errors import SO8TError
+
+HELP = "decide every row of a JSONL file and print the metrics"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL file of records (user_request, safety_label)")
+    parser.add_argument("--out", type=Path, help="write one prediction a row, in the file's order (JSONL)")
+    parser.add_argument("--json", action="store_true", help="metrics as JSON on standard output")
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
+    parser.add_argument("--batch-size", type=positive, default=32)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    from so8t.adapter import cache_for, load_agent
+    from so8t.baselines import Baselines
+    from so8t.data.records import read_jsonl
+    from so8t.evaluation import evaluate, frozen_features, predict, print_evaluation, write_predictions
+
+    records, report = read_jsonl(args.data, on_bad_row=args.on_bad_row)
+    if args.out is not None and args.out.resolve() == args.data.resolve():
+        raise SO8TError(f"--out {args.out} would overwrite the data")
+    if args.out is not None and args.out.is_dir():
+        raise SO8TError(f"--out {args.out} is a folder: name a file")
+    agent = load_agent(args.run)
+    cache = cache_for(agent)
+    size = {"batch_size": args.batch_size, "cache": cache}
+    title = "" if args.json else args.data.name
+    predictions = predict(agent.model, records, agent.template, title=title, **size)
+    folder = agent.folder.parent / "baselines"
+    baselines = Baselines.load(folder) if folder.is_dir() else None
+    features = frozen_features(agent.model, records, agent.template, title=title, **size) if baselines else None
+    result = evaluate(args.data.name, records, predictions, baselines, features)
+    if args.out is not None:
+        write_predictions(args.out, records, predictions)
+    if args.json:
+        print(json.dumps({**result.as_json(), "bad_rows": report.skipped}, ensure_ascii=False))
+        return
+    console = Console()
+    for line in report.skipped:
+        console.print(f"left out: {escape(line)}")
+    print_evaluation(result, console)
+    if args.out is not None:
+        console.print(f"predictions: {args.out}")
