@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import f1_score
-from torch import Tensor, nn
 
+from benchmarks.adapters import ADAPTER_RATE, NO_GATES, AdaptedModule, Peer, lora
 from so8t.baselines import Baselines
 from so8t.config import Config, compose_train, validate
 from so8t.console import quieten
@@ -38,39 +38,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("macro_f1", "false_allow_rate", "over_refusal_rate", "accuracy")
 
-LORA_RANK = 8
-OVERRIDES = {
-    "gates": [],
-    "none": ["gate=none", "loss.task_weight=0"],
-    # rotations and low-rank updates want different step sizes: 1e-3 is at the upper end of what LoRA is trained with
-    "lora": ["gate=none", "loss.task_weight=0", "optim.gate_lr=0.001", "optim.gate_weight_decay=0.0"],
+PEERS = {
+    "gates": Peer("SO(8) gates"),
+    "none": Peer("same head,\nno gates", NO_GATES),
+    "lora": Peer("LoRA r = 8", (*NO_GATES, *ADAPTER_RATE), lora(8)),
 }
-
-
-class LoraModule(SO8TModule):
-    """The same head on the same base, adapted by PEFT LoRA on all linear layers of the top K layers."""
-
-    def inject(self, layers: int) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        depth = self.model.base.depth
-        config = LoraConfig(
-            r=LORA_RANK,
-            lora_alpha=2 * LORA_RANK,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            layers_to_transform=list(range(depth - layers, depth)),
-        )
-        inject_adapter_in_model(config, self.model.base.causal_lm)
-
-    def lora(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.model.base.named_parameters() if "lora_" in n}
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        groups = super().parameter_groups()
-        return {**groups, "gates_safe": list(self.lora().values())}
-
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        return super().state_dict() | {f"lora.{n}": p for n, p in self.lora().items()}
 
 
 def machine() -> str:
@@ -85,17 +57,24 @@ def composed(overrides: list[str], folder: Path) -> DictConfig:
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
 
 
-def one_run(variant: str, seed: int, overrides: list[str]) -> dict[str, object]:
-    """Trains and scores one variant."""
+def made(peer: Peer, config: Config, data: SafetyData) -> SO8TModule:
+    """The peer's module, ready to train."""
+    module = build(config, data, SO8TModule if peer.adapter is None else AdaptedModule)
+    if isinstance(module, AdaptedModule):
+        depth = module.model.base.depth
+        module.inject(peer.adapter(list(range(depth - config.gate.top_layers, depth))))
+    prepare(module, config, data, resumed=False)
+    return module
+
+
+def one_run(name: str, peer: Peer, seed: int, overrides: list[str]) -> dict[str, object]:
+    """Trains and scores one peer."""
     with tempfile.TemporaryDirectory() as folder:
-        raw = composed([*overrides, *OVERRIDES[variant], f"seed={seed}"], Path(folder))
+        raw = composed([*overrides, f"seed={seed}"], Path(folder))
         config = validate(raw)
         L.seed_everything(seed, workers=True, verbose=False)
         data = load_data(config)
-        module = build(config, data, LoraModule if variant == "lora" else SO8TModule)
-        if isinstance(module, LoraModule):
-            module.inject(config.gate.top_layers)
-        prepare(module, config, data, resumed=False)
+        module = made(peer, config, data)
         callbacks = [instantiate(node) for name, node in raw.callbacks.items() if name != "learning_rate"]  # it wants a logger
         trainer: L.Trainer = instantiate(raw.trainer, callbacks=callbacks, logger=[])
         begun = time.perf_counter()
@@ -103,7 +82,7 @@ def one_run(variant: str, seed: int, overrides: list[str]) -> dict[str, object]:
         seconds = time.perf_counter() - begun
         restore_best(trainer, module)
         groups = {name: sum(p.numel() for p in ps) for name, ps in module.parameter_groups().items()}
-        result: dict[str, object] = {"variant": variant, "seed": seed, "fit_seconds": seconds, "parameters": groups}
+        result: dict[str, object] = {"variant": name, "seed": seed, "fit_seconds": seconds, "parameters": groups}
         for part in ("val", "test", "unseen"):
             records = getattr(data, part)
             predictions = predict(module.model, records, data.template, batch_size=32, cache=module.cache)
@@ -142,7 +121,7 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=sorted(OVERRIDES), default=["gates", "none", "lora"])
+    parser.add_argument("--variants", nargs="+", choices=sorted(PEERS), default=["gates", "none", "lora"])
     parser.add_argument("--name", default="gates", help="name of the files in benchmarks/results")
     parser.add_argument("--keep", action="store_true", help="keep the runs that the file holds, add what is missing")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for every variant")
@@ -172,7 +151,7 @@ def main() -> None:
         for variant in args.variants:
             if (variant, seed) in done:
                 continue
-            run = one_run(variant, seed, args.overrides)
+            run = one_run(variant, PEERS[variant], seed, [*args.overrides, *PEERS[variant].overrides])
             out["runs"].append(run)
             write_json(file, out)
             figures = {p: {k: round(v, 3) for k, v in run[p].items() if v is not None} for p in ("val", "test", "unseen")}
@@ -226,7 +205,6 @@ def plot(out: dict, path: Path) -> None:
     from so8t.report import COLOURS
 
     variants = list(dict.fromkeys(run["variant"] for run in out["runs"]))
-    names = {"gates": "SO(8) gates", "none": "same head,\nno gates", "lora": "LoRA r = 8"}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, part, title in zip(axes, ("test", "unseen"), ("mixed test split", "unseen source"), strict=True):
         for k, variant in enumerate(variants):
@@ -236,7 +214,7 @@ def plot(out: dict, path: Path) -> None:
         beside = list(out["baselines"])[:2]  # TF-IDF and the frozen probe
         for k, name in enumerate(beside, start=len(variants)):
             axis.bar(k, out["baselines"][name][part], color="#999999", width=0.6)
-        variant_names = [*(names[v] for v in variants), *beside]
+        variant_names = [*(PEERS[v].title for v in variants), *beside]
         axis.set_xticks(range(len(variant_names)), variant_names, fontsize=8)
         axis.set(title=title, ylim=(0, 1))
         axis.grid(axis="y", alpha=0.3)

@@ -1,0 +1,357 @@
+"""Side by side with what one would otherwise pick: SO8T, with and without its cache, QLoRA, OFT, and plain text classifiers.
+
+    .venv/bin/python -m benchmarks.peers                              times and memory, then quality at equal steps
+    .venv/bin/python -m benchmarks.peers --steps 0                    times and memory alone
+    .venv/bin/python -m benchmarks.peers --steps 468 --seeds 0 1 2 --equal-time
+    .venv/bin/python -m benchmarks.peers --shape qwen2.5_7b --steps 0 +hw=rtx3060     on a GPU, random NF4 weights
+
+One run, one machine, the same NF4 base, rows, batches, head and loss for all (no task loss). Every peer takes a step on the
+same batch before the next batch comes, in an order that turns, and the ratio to QLoRA is taken batch by batch: the median
+stands in the table. Memory is what is held plus the peak above it of a step on the longest batch. At equal time, every peer
+trains as long as QLoRA takes for its steps, the first epoch of the cached SO8T at its uncached price. Adapters' learning rates
+are not tuned. Writes `results/peers_<machine>.json` after each part, and `results/peers_<machine>.png`.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.adapters import ADAPTER_RATE, NO_GATES, AdaptedModule, Peer, lora, oft
+from benchmarks.gates import RESULTS, ROOT, baseline_figures, composed, machine, made, one_run, spread
+from benchmarks.memory import allocated, held
+from so8t.base import SplitBase, compute_dtype, stored_tensors
+from so8t.config import Config, validate
+from so8t.console import quieten, reported
+from so8t.data.cache import PrefixCache
+from so8t.data.datamodule import Batch
+from so8t.errors import ConfigError
+from so8t.files import write_json
+from so8t.lightning_module import SO8TModule
+from so8t.memory import GIB, longest_batch
+from so8t.model import SO8TModel
+from so8t.placement import placement, settle
+from so8t.shapes import NAMED, base_config
+from so8t.training import device_of, load_data
+
+ADAPTED = (*NO_GATES, *ADAPTER_RATE)
+PEERS = {
+    "so8t": Peer("SO8T", ("loss.task_weight=0",), cached=False),
+    "so8t_cached": Peer("SO8T, cached", ("loss.task_weight=0",)),
+    "qlora": Peer("QLoRA r = 16, all layers", ADAPTED, lora(16), every_layer=True, cached=False),
+    "oft8": Peer("OFT block 8, all layers", ADAPTED, oft(8), every_layer=True, cached=False),
+    "oft": Peer("OFT default, all layers", ADAPTED, oft(), every_layer=True, cached=False),
+    "lora_top": Peer("LoRA r = 16, top K", ADAPTED, lora(16), cached=False),
+    "oft8_top": Peer("OFT block 8, top K", ADAPTED, oft(8), cached=False),
+}
+REFERENCE = "qlora"
+BARS = {"so8t": 0.6, "so8t_cached": 0.15}
+
+
+@dataclass
+class Contender:
+    """A peer's module with its optimiser."""
+
+    module: SO8TModule
+    optimizer: torch.optim.Optimizer
+
+    def step(self, batch: Batch) -> None:
+        """What a training step of the project does: all terms with PET at full weight, backward, clipping, AdamW, inertia."""
+        module = self.module
+        with module.model.gates_computed_once():
+            total = module.loss_terms(batch, module(batch), progress=1.0).total()
+        total.backward()
+        for parameters in module.parameter_groups().values():
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, module.optim_spec.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with module.model.gates.computed_once():
+            module.inertia.update(module.model.gates)
+
+    def held_bytes(self) -> int:
+        """Weights, dequantised copies of layers, what is trained and its averages."""
+        module = self.module
+        averages = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        dense = [m.dense for m in module.modules() if hasattr(m, "dense")]
+        weights = [tensor for _, tensor in stored_tensors(module.model.base)]
+        return held([*weights, *dense, *module.parameters(), *module.buffers(), *averages])
+
+
+def random_base(config: Config, device: torch.device) -> SplitBase:
+    """A base of the configured shape with random weights in NF4, in bitsandbytes' own layers, as PEFT wants them."""
+    spec, shape = config.base, base_config(config.base)
+    dtype = compute_dtype(spec, device)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            has_bias = module.bias is not None
+            linear = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, has_bias, compute_dtype=dtype,
+                compress_statistics=spec.double_quantization, quant_type="nf4", device="meta",
+            )  # fmt: skip
+            random = torch.randn(module.out_features, module.in_features, dtype=dtype, device=device) * 0.02
+            linear.weight = bnb.nn.Params4bit(
+                random, requires_grad=False, compress_statistics=spec.double_quantization, quant_type="nf4", module=linear
+            ).to(device)
+            if has_bias:
+                linear.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=device), requires_grad=False)
+            model.set_submodule(name, linear)
+            continue
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            filled = torch.empty_like(parameter, device=device).normal_(std=0.02)
+            setattr(module, key, nn.Parameter(filled, requires_grad=False))
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(shape)
+    base = SplitBase(spec, model.requires_grad_(False), None, config.gate.top_layers)
+    on_gpu = device.type == "cuda"
+    where = placement(on_gpu=on_gpu, tied=bool(shape.tie_word_embeddings), quantize_head=False, with_head=False)
+    settle(model, where, lambda weight: nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+    return base
+
+
+def shaped(peer: Peer, config: Config, device: torch.device) -> SO8TModule:
+    """The peer's module on random weights; the cache is in memory."""
+    base = random_base(config, device)
+    base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
+    model = SO8TModel(base, config.gate, config.head)
+    kind = SO8TModule if peer.adapter is None else AdaptedModule
+    cache = PrefixCache(base, memory_gib=4.0 if peer.cached else 0.0)
+    module = kind(model, config.loss, config.pet, config.optim, class_counts=(1, 1, 1), cache=cache)
+    if isinstance(module, AdaptedModule):
+        module.inject(peer.adapter(list(range(base.depth - config.gate.top_layers, base.depth))))
+    return module
+
+
+def contender(peer: Peer, make: Callable[[Peer, Config], SO8TModule], overrides: list[str]) -> Contender:
+    config = configured(peer, overrides)
+    module = make(peer, config)
+    module.to(device_of(config)).train()
+    return Contender(module, module.make_optimizer())
+
+
+def configured(peer: Peer, overrides: list[str]) -> Config:
+    depth = base_config(validate(composed(overrides, ROOT / "outputs")).base).num_hidden_layers
+    return validate(composed([*overrides, *peer.settings(depth)], ROOT / "outputs"))
+
+
+def clock(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, the GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
+
+
+def peak_gib(one: Contender, batch: Batch, device: torch.device) -> float:
+    """GiB at the peak of a step, what is held before it included."""
+    own = one.held_bytes()
+    if device.type == "cpu":
+        return (own + allocated(partial(one.step, batch))) / GIB
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    one.step(batch)
+    torch.cuda.synchronize(device)
+    return (own + torch.cuda.max_memory_allocated(device) - before) / GIB
+
+
+def measure(contenders: dict[str, Contender], batches: list[Batch], longest: Batch, per_epoch: int) -> dict[str, dict]:
+    """Times of paired steps and peaks of memory, by peer."""
+    device = longest.tokens.device
+    for one in contenders.values():
+        one.step(batches[0])  # AdamW's averages, kernels' workspaces
+        with torch.no_grad():
+            for batch in batches:
+                if len(one.module.cache) or one.module.cache.room:
+                    one.module.cache.prefix(batch.tokens, batch.mask)
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    console = Console(stderr=True)
+    for k, batch in enumerate(track(batches, description="paired steps", console=console, transient=True)):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            seconds[name].append(clock(partial(contenders[name].step, batch), device))
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    found = {}
+    for name, one in contenders.items():
+        ratios = [mine / other for mine, other in zip(seconds[name], seconds[REFERENCE], strict=True)]
+        groups = one.module.parameter_groups()
+        found[name] = {
+            "trained_beside_the_head": sum(p.numel() for key, ps in groups.items() if key != "head" for p in ps),
+            "step_seconds": seconds[name],
+            "step_seconds_median": statistics.median(seconds[name]),
+            "ratio_median": statistics.median(ratios),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "tokens_per_second": tokens / sum(seconds[name]),
+            "epoch_seconds": per_epoch * statistics.mean(seconds[name]),
+            "peak_gib": peak_gib(one, longest, device),
+        }
+    return found
+
+
+def steps_in(seconds: float, name: str, found: dict[str, dict], per_epoch: int) -> int:
+    """How many steps a peer takes in that time; the cached SO8T pays for the prefix in its first epoch."""
+    mean = {who: statistics.mean(figures["step_seconds"]) for who, figures in found.items()}
+    if name != "so8t_cached":
+        return max(1, round(seconds / mean[name]))
+    first = per_epoch * mean["so8t"]
+    return max(1, round(seconds / mean["so8t"] if seconds < first else per_epoch + (seconds - first) / mean[name]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--batches", type=int, default=24, help="paired steps to time (default 24)")
+    parser.add_argument("--steps", type=int, default=468, help="training steps for quality, of 8 rows; 0 leaves it out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--equal-time", action="store_true", help="quality at equal time, too")
+    parser.add_argument("--shape", choices=[*NAMED, "tiny"], help="random NF4 weights of this shape: times and memory alone")
+    parser.add_argument("--keep", action="store_true", help="keep the times and runs that the file holds, add what is missing")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for all peers")
+    args = parser.parse_intermixed_args()
+    if REFERENCE not in args.peers:
+        raise ConfigError(f"--peers must name {REFERENCE}: the ratios are to it")
+    if args.shape and args.steps:
+        raise ConfigError("--shape has random weights, whose quality means nothing: add --steps 0")
+    quieten()
+    console = Console()
+    overrides = [*args.overrides, *([f"base={args.shape}", "base.quantization=nf4"] if args.shape else [])]
+    plain = validate(composed(overrides, ROOT / "outputs"))
+    device = device_of(plain)
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu_{platform.machine()}"
+    label = "_".join([*place.lower().split(), *([args.shape] if args.shape else [])])
+    file = RESULTS / f"peers_{label}.json"
+    out = {"machine": machine() if device.type == "cpu" else place, "overrides": args.overrides, "runs": []}
+    if args.keep:
+        out = json.loads(file.read_text(encoding="utf-8"))
+    elif args.shape:
+        batch = longest_batch(plain, plain.data.batch_size, device)
+        contenders = {name: contender(PEERS[name], partial(shaped, device=device), overrides) for name in args.peers}
+        out["measured"] = measure(contenders, [batch] * args.batches, batch, per_epoch=1000)
+        out["per_epoch"] = 1000
+    else:
+        data = load_data(plain)
+        contenders = {name: contender(PEERS[name], partial(made, data=data), overrides) for name in args.peers}
+        batches = list(data.sample(args.batches * plain.data.batch_size))[: args.batches]
+        out["per_epoch"] = len(data.train_dataloader())
+        longest = longest_batch(plain, plain.data.batch_size, device)
+        out["measured"] = measure(contenders, batches, longest, out["per_epoch"])
+        del contenders
+    write_json(file, out)
+    if args.steps and "baselines" not in out:
+        out["baselines"] = baseline_figures(plain, load_data(plain))
+    quality(out, args, overrides, file)
+    report(out, console)
+    plot(out, file.with_suffix(".png"))
+
+
+def quality(out: dict, args: argparse.Namespace, overrides: list[str], file: Path) -> None:
+    """Trains and scores what is not in `out` yet; every run is kept at once."""
+    if not args.steps:
+        return
+    done = {(run["variant"], run["seed"], run["terms"]) for run in out["runs"]}
+    budget = args.steps * statistics.mean(out["measured"][REFERENCE]["step_seconds"])
+    wanted = [(f"{args.steps} steps", dict.fromkeys(args.peers, args.steps))]
+    if args.equal_time:
+        by_time = {name: steps_in(budget, name, out["measured"], out["per_epoch"]) for name in args.peers}
+        wanted.append((f"{budget:.0f} s", by_time))
+    depth = base_config(validate(composed(overrides, ROOT / "outputs")).base).num_hidden_layers
+    for terms, steps in wanted:
+        for seed in args.seeds:
+            for name, peer in PEERS.items():
+                if name not in steps or (name, seed, terms) in done or (name == "so8t" and terms.endswith("steps")):
+                    continue  # with and without the cache the same steps give the same agent
+                limits = [f"+trainer.max_steps={steps[name]}", "trainer.max_epochs=-1"]
+                run = one_run(name, peer, seed, [*overrides, *peer.settings(depth), *limits])
+                out["runs"].append({**run, "terms": terms, "steps": steps[name]})
+                write_json(file, out)
+
+
+def report(out: dict, console: Console) -> None:
+    """Both tables, and what the bars say."""
+    table = Table(title=f"one training step, side by side; {out['machine']}", title_justify="left")
+    columns = ("", "trained beside the head", "step (s)", "of QLoRA", "tokens/s", "peak (GiB)", "epoch (s)")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in out["measured"].items():
+        low, high = row["ratio_quartiles"]
+        table.add_row(
+            PEERS[name].title,
+            f"{row['trained_beside_the_head']:,}",
+            f"{row['step_seconds_median']:.3f}",
+            f"{row['ratio_median']:.3f} [{low:.3f}, {high:.3f}]",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_gib']:.3f}",
+            f"{row['epoch_seconds']:.0f}",
+        )
+    console.print(table)
+    for name, bar in BARS.items():
+        if name in out["measured"]:
+            ratio = out["measured"][name]["ratio_median"]
+            console.print(
+                f"{PEERS[name].title}: {ratio:.3f} of QLoRA's step, bar {bar}: {'met' if ratio <= bar else 'NOT met'}"
+            )
+    if not out["runs"]:
+        return
+    table = Table(title="quality, mean ± s.d. over seeds", title_justify="left")
+    for column in ("", "trained for", "seeds", "macro-F1, mixed", "macro-F1, unseen", "false allow, mixed"):
+        table.add_column(column, justify="right" if column else "left")
+    for terms in dict.fromkeys(run["terms"] for run in out["runs"]):
+        for name, peer in PEERS.items():
+            runs = [r for r in out["runs"] if r["variant"] == name and r["terms"] == terms]
+            if runs:
+                figures = [(("test", "macro_f1")), ("unseen", "macro_f1"), ("test", "false_allow_rate")]
+                cells = [spread([r[part][key] for r in runs]) for part, key in figures]
+                table.add_row(peer.title, f"{terms} ({runs[0]['steps']:,} steps)", str(len(runs)), *cells)
+    for name, figures in out["baselines"].items():
+        table.add_row(name, "", "", f"{figures['test']:.3f}", f"{figures['unseen']:.3f}", "-")
+    console.print(table)
+
+
+def plot(out: dict, path: Path) -> None:
+    """Step time and peak memory, side by side."""
+    import matplotlib.pyplot as plt
+
+    from so8t.report import COLOURS
+
+    names = list(out["measured"])
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    panels = (
+        ("step_seconds_median", "seconds a step (median)", "Time of a training step"),
+        ("peak_gib", "GiB", "Peak memory of a step, longest batch"),
+    )
+    for axis, (key, unit, title) in zip(axes, panels, strict=True):
+        values = [out["measured"][name][key] for name in names]
+        colours = [COLOURS[0] if name.startswith("so8t") else "#999999" for name in names]
+        bars = axis.barh([PEERS[name].title for name in names], values, color=colours)
+        axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
+        axis.set(xlabel=unit, title=title, xlim=(0, 1.15 * max(values)))
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()
