@@ -15,6 +15,8 @@ from so8t.errors import GroupError
 
 DIM = 8
 COORDS = DIM * (DIM - 1) // 2  # dim so(8) = 28
+CHUNK_ROWS = 512
+"""Positions that are rotated at once: at hidden size 3,584 their float32 copy is 7 MB."""
 
 _ROWS, _COLS = torch.triu_indices(DIM, DIM, offset=1)
 
@@ -84,17 +86,42 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _paired(rotation: Tensor) -> Tensor:
+    """Neighbouring blocks as one of twice the size, with zeros between them: `[n, 8, 8] -> [n/2, 16, 16]`. Batched products of
+    8 x 8 are bound by their number, not by arithmetic (`benchmarks/cost.py`). An odd number of blocks stays as it is."""
+    if rotation.shape[0] % 2:
+        return rotation
+    pairs = rotation.new_zeros(rotation.shape[0] // 2, 2 * DIM, 2 * DIM)
+    pairs[:, :DIM, :DIM] = rotation[::2]
+    pairs[:, DIM:, DIM:] = rotation[1::2]
+    return pairs
+
+
 def _apply(x: Tensor, rotation: Tensor) -> Tensor:
-    """`y = R x` on every block of the last dimension, in the compute dtype: `[..., D] -> [..., D]`."""
-    dtype = _compute_dtype(x)
-    rotation = rotation.to(dtype)
-    rows = x.reshape(-1, x.shape[-1] // DIM, DIM).to(dtype)
-    if rotation.shape[0] == 1:
-        turned = rows @ rotation[0].mT
-    else:
-        # blocks become the batch dimension of one batched product: [n, N, 8] @ [n, 8, 8]
-        turned = torch.bmm(rows.transpose(0, 1), rotation.mT).transpose(0, 1)
+    """`y = R x` on every block of the last dimension, in the compute dtype and back: `[..., D] -> [..., D]`.
+
+    Rows go in chunks, so that copies in the compute dtype stay in a processor's cache and are never as large as `x`.
+    """
+    turn = _paired(rotation.to(_compute_dtype(x))).mT
+    rows = x.reshape(-1, x.shape[-1] // turn.shape[-1], turn.shape[-1])
+    turned = torch.empty_like(rows)
+    for source, target in zip(torch.split(rows, CHUNK_ROWS), torch.split(turned, CHUNK_ROWS), strict=True):
+        # blocks become the batch dimension of one batched product: [n, N, 16] @ [n or 1, 16, 16]
+        target.copy_((source.transpose(0, 1).to(turn.dtype) @ turn).transpose(0, 1))
     return turned.reshape(x.shape)
+
+
+def _rotation_gradient(grad: Tensor, y: Tensor, rotation: Tensor) -> Tensor:
+    """`dL/dR = sum_t g_t x_t^T` per block, with `x_t = R^T y_t`: two `[..., D] -> [n, 8, 8]` in the compute dtype."""
+    turn = _paired(rotation.to(_compute_dtype(y)))
+    shape = (-1, y.shape[-1] // turn.shape[-1], turn.shape[-1])
+    total = turn.new_zeros(shape[1], *turn.shape[1:])
+    for up, out in zip(torch.split(grad.reshape(shape), CHUNK_ROWS), torch.split(y.reshape(shape), CHUNK_ROWS), strict=True):
+        x = out.transpose(0, 1).to(turn.dtype) @ turn
+        total += up.transpose(0, 1).to(turn.dtype).mT @ x
+    if turn.shape[-1] > DIM:  # the blocks on the diagonal of each pair
+        total = torch.stack([total[:, :DIM, :DIM], total[:, DIM:, DIM:]], dim=1).flatten(0, 1)
+    return total.sum(0, keepdim=True) if rotation.shape[0] == 1 else total
 
 
 class _Rotate(torch.autograd.Function):
@@ -108,7 +135,7 @@ class _Rotate(torch.autograd.Function):
             ctx.mark_dirty(x)
             y = x
         else:
-            y = turned.to(x.dtype)
+            y = turned
         ctx.save_for_backward(y, rotation)
         return y
 
@@ -117,17 +144,8 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         y, rotation = ctx.saved_tensors  # type: ignore[attr-defined]
         needs_x, needs_rotation, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad_x = _apply(grad, rotation.mT).to(y.dtype) if needs_x else None
-        grad_rotation = None
-        if needs_rotation:
-            dtype = _compute_dtype(y)
-            blocks = y.shape[-1] // DIM
-            x = _apply(y, rotation.mT).reshape(-1, blocks, DIM).transpose(0, 1).to(dtype)
-            up = grad.reshape(-1, blocks, DIM).transpose(0, 1).to(dtype)
-            grad_rotation = torch.bmm(up.mT, x)  # dL/dR = sum_t g_t x_t^T, per block
-            if rotation.shape[0] == 1:
-                grad_rotation = grad_rotation.sum(0, keepdim=True)
-            grad_rotation = grad_rotation.to(rotation.dtype)
+        grad_x = _apply(grad, rotation.mT) if needs_x else None
+        grad_rotation = _rotation_gradient(grad, y, rotation).to(rotation.dtype) if needs_rotation else None
         return grad_x, grad_rotation, None
 
 
