@@ -33,6 +33,7 @@ from so8t.training import device_of
 
 SHAPE = (1, 2048, 3584)
 REPEATS = 15
+STEPS = 5
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
@@ -62,9 +63,9 @@ def step_times(overrides: list[str], cut: int, length: int) -> dict[str, float]:
     module = module_of(config, load_base(config.base, cut=cut, device=device, with_head=False)).to(device).train()
     batch = longest_batch(config, config.data.batch_size, device)
     one = Contender(module, module.make_optimizer())
-    seconds = {"computed": median_seconds(partial(one.step, batch), device, 3)}
+    seconds = {"computed": median_seconds(partial(one.step, batch), device, STEPS)}
     module.cache = PrefixCache(module.model.base, memory_gib=4.0, keep=module.model.below)
-    seconds["cached"] = median_seconds(partial(one.step, batch), device, 3)
+    seconds["cached"] = median_seconds(partial(one.step, batch), device, STEPS)
     module.model.gates.detach()
     return seconds
 
@@ -126,7 +127,7 @@ def plot(out: dict, path: object) -> None:
             axis.plot(*zip(*points, strict=True), color=colour, marker="o", label=f"prefix {kind}")
         axis.set(xlabel=name, ylabel="seconds a step", ylim=(0, None))
         axis.legend(fontsize=8)
-    axes[0][0].set_title("With the prefix cached, a step costs what K layers cost")
+    axes[0][0].set_title("Cached, a step costs what K layers cost")
     axes[0][1].set_title("Time grows with the tokens")
     for axis, (key, x, name) in zip(
         axes[1],
@@ -135,7 +136,7 @@ def plot(out: dict, path: object) -> None:
     ):
         points = [(row[x], row["gib"]) for row in out[key]]
         axis.plot(*zip(*points, strict=True), color=COLOURS[2], marker="o")
-        axis.set(xlabel=name, ylabel="planned peak (GiB)", ylim=(0, None))
+        axis.set(xlabel=name, ylabel="planned peak (GiB)", ylim=(0, 1.15 * max(gib for _, gib in points)))
         axis.set_title("Qwen2.5-7B, +hw=rtx3060: planned memory")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
