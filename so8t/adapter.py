@@ -1,6 +1,7 @@
 """The trained agent on disk: `adapter.safetensors` (gates and head, kilobytes) and `adapter.json` (everything else).
 
-`load_agent` puts an adapter back onto its base. Labels, base and shapes are checked; nothing is unpickled.
+`load_agent` puts an adapter back onto its base, with the policy of `so8t calibrate` where there is one. Labels, base and shapes
+are checked; nothing is unpickled.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from so8t.base import BaseSpec, identity, load_base
+from so8t.calibration import Policy, load_policy
 from so8t.data.cache import PrefixCache
 from so8t.data.tokenise import Template
 from so8t.errors import ArtefactError
@@ -58,11 +60,12 @@ def save_adapter(folder: Path, model: SO8TModel, template: Template, *, system_p
 
 @dataclass
 class Agent:
-    """A loaded adapter on its base."""
+    """A loaded adapter on its base. With a `policy`, decisions and probabilities are the policy's."""
 
     model: SO8TModel
     template: Template
     folder: Path
+    policy: Policy | None = None
 
     @torch.no_grad()
     def decide(self, request: str, context: str | None = None) -> Decisions:
@@ -71,7 +74,8 @@ class Agent:
         tokens = torch.tensor([encoded.tokens], device=self.model.base.device)
         mask = torch.ones_like(tokens)
         output = self.model(self.model.prefix(tokens, mask), mask)
-        return self.model.decide(output, torch.tensor([len(encoded.tokens) - 1], device=tokens.device))
+        decided = self.model.decide(output, torch.tensor([len(encoded.tokens) - 1], device=tokens.device))
+        return decided if self.policy is None else self.policy.apply(decided)
 
     @torch.no_grad()
     def answer(self, request: str, context: str | None = None, *, max_new_tokens: int = 128, gated: bool = False) -> str:
@@ -106,13 +110,14 @@ def find_adapter(folder: Path) -> Path:
     raise ArtefactError(f"{folder}: no adapter here; give a run's folder, such as outputs/<date>/<time>, that has adapter/")
 
 
-def load_agent(run: Path, *, device: str | None = None) -> Agent:
-    """Loads base, gates and head of a run.
+def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True) -> Agent:
+    """Loads base, gates and head of a run, and its policy; `with_policy=False` leaves `calibration.json` unread.
 
     Raises:
-        ArtefactError: the adapter is missing, damaged, of other labels, or made for another base.
+        ArtefactError: the adapter is missing, damaged, of other labels, or made for another base; or its policy is.
     """
     folder = find_adapter(Path(run))
+    policy = load_policy(folder) if with_policy else None
     try:
         meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
@@ -151,7 +156,7 @@ def load_agent(run: Path, *, device: str | None = None) -> Agent:
     model.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
     model.requires_grad_(False).eval()
     template = Template(base.tokenizer, system_prompt=template_spec.system_prompt, max_length=template_spec.max_length)
-    return Agent(model, template, folder)
+    return Agent(model, template, folder, policy)
 
 
 def cache_for(agent: Agent) -> PrefixCache:

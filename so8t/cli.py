@@ -10,6 +10,7 @@ COMMANDS = (
     "plan",
     "ask",
     "evaluate",
+    "calibrate",
     "cache",
 )
 

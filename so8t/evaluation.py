@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from so8t.base import shared_lead
 from so8t.baselines import Baselines, Floats
+from so8t.calibration import Policy
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import LengthSampler, RecordDataset
 from so8t.data.records import Record
@@ -23,7 +24,7 @@ from so8t.data.tokenise import Template
 from so8t.files import write_text
 from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, constant_baselines, flicker
-from so8t.model import SO8TModel, at_position
+from so8t.model import Decisions, SO8TModel, at_position
 
 SHOWN = (
     ("macro_f1", "macro-F1 [95 %]"),
@@ -57,6 +58,16 @@ class Predictions:
         figures["flicker"] = float(self.flicker[chosen].nanmean())
         figures["decision_changes"] = float(self.changes[chosen].nanmean())
         return figures
+
+    @property
+    def decided(self) -> Decisions:
+        """Without what was seen along the tokens."""
+        return Decisions(self.probabilities, self.decisions, self.failed, self.unsure)
+
+    def under(self, policy: Policy) -> "Predictions":
+        """Decided by a policy; `flicker` and `changes` stay those of the head's own probabilities."""
+        new = policy.apply(self.decided)
+        return replace(self, probabilities=new.probabilities, decisions=new.labels, failed=new.failed, unsure=new.unsure)
 
     @classmethod
     def of_probabilities(cls, probabilities: Tensor) -> "Predictions":

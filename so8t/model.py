@@ -43,7 +43,7 @@ class SafetyOutput:
 @dataclass
 class Decisions:
     """`probabilities` `[B, 3]`, `labels` `[B]`; `failed` rows could not be scored, `unsure` ones were under
-    `head.min_confidence`: both are ESCALATE."""
+    `head.min_confidence` or a policy's thresholds: both are ESCALATE."""
 
     probabilities: Tensor
     labels: Tensor

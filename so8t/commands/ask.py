@@ -42,7 +42,14 @@ def run(args: argparse.Namespace) -> None:
     if label is Label.ALLOW:
         answer = agent.answer(request, args.context, max_new_tokens=args.max_new_tokens, gated=args.gated)
     if args.json:
-        out = {"user_request": request, "decision": label.name, "probabilities": probabilities, "answer": answer}
+        out: dict[str, object] = {
+            "user_request": request,
+            "decision": label.name,
+            "probabilities": probabilities,
+            "answer": answer,
+        }
+        if agent.policy is not None:
+            out["policy"] = agent.policy.as_json()
         if bool(decisions.failed[0]):
             out["failure"] = "a logit was not finite"
         print(json.dumps(out, ensure_ascii=False))
@@ -52,5 +59,7 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"[bold {colour}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items()))
     if bool(decisions.failed[0]):
         console.print("this is a failure (a logit was not finite), not a prediction")
+    if agent.policy is not None:
+        console.print(f"decided {agent.policy.describe()}")
     if answer is not None:
         console.print(escape(answer))

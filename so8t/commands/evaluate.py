@@ -18,6 +18,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--data", type=Path, required=True, help="JSONL file of records (user_request, safety_label)")
     parser.add_argument("--out", type=Path, help="write one prediction a row, in the file's order (JSONL)")
+    parser.add_argument(
+        "--uncalibrated",
+        action="store_true",
+        help="decide by the most probable label, without the policy of so8t calibrate",
+    )
     parser.add_argument("--json", action="store_true", help="metrics as JSON on standard output")
     parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
     parser.add_argument("--batch-size", type=positive, default=32)
@@ -35,23 +40,28 @@ def run(args: argparse.Namespace) -> None:
         raise SO8TError(f"--out {args.out} would overwrite the data")
     if args.out is not None and args.out.is_dir():
         raise SO8TError(f"--out {args.out} is a folder: name a file")
-    agent = load_agent(args.run)
+    agent = load_agent(args.run, with_policy=not args.uncalibrated)
     cache = cache_for(agent)
     size = {"batch_size": args.batch_size, "cache": cache}
     title = "" if args.json else args.data.name
     predictions = predict(agent.model, records, agent.template, title=title, **size)
+    if agent.policy is not None:
+        predictions = predictions.under(agent.policy)
     folder = agent.folder.parent / "baselines"
     baselines = Baselines.load(folder) if folder.is_dir() else None
     features = frozen_features(agent.model, records, agent.template, title=title, **size) if baselines else None
     result = evaluate(args.data.name, records, predictions, baselines, features)
     if args.out is not None:
         write_predictions(args.out, records, predictions)
+    policy = None if agent.policy is None else agent.policy.as_json()
     if args.json:
-        print(json.dumps({**result.as_json(), "bad_rows": report.skipped}, ensure_ascii=False))
+        print(json.dumps({**result.as_json(), "policy": policy, "bad_rows": report.skipped}, ensure_ascii=False))
         return
     console = Console()
     for line in report.skipped:
         console.print(f"left out: {escape(line)}")
+    if agent.policy is not None:
+        console.print(f"decided {agent.policy.describe()}; --uncalibrated shows the most probable labels")
     print_evaluation(result, console)
     if args.out is not None:
         console.print(f"predictions: {args.out}")
