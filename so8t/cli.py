@@ -11,6 +11,9 @@ COMMANDS = (
     "ask",
     "evaluate",
     "calibrate",
+    "chat",
+    "escalations",
+    "audit",
     "cache",
 )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from safetensors.torch import load_file, save_file
 
 from so8t.base import BaseSpec, SplitBase, load_base
 from so8t.console import quieten
@@ -155,3 +157,20 @@ def finished_run(rows_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(composed(*QUICK, f"data.path={rows_file}", "trainer.max_epochs=2", "optim.head_lr=0.05", output_dir=folder))
     return folder
+
+
+@pytest.fixture
+def always(finished_run, tmp_path):
+    """A copy of the run whose head always decides the same: ALLOW, ESCALATE or REFUSE by its bias alone."""
+
+    def copy(label: str) -> Path:
+        folder = tmp_path / f"always-{label}"
+        shutil.copytree(finished_run / "adapter", folder / "adapter")
+        path = folder / "adapter" / "adapter.safetensors"
+        tensors = load_file(path)
+        tensors["head.linear.weight"] = torch.zeros_like(tensors["head.linear.weight"])
+        tensors["head.linear.bias"] = torch.tensor([2.0 if name == label else 0.0 for name in LABELS])
+        save_file(tensors, path)
+        return folder
+
+    return copy

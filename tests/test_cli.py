@@ -32,23 +32,6 @@ def so8t(capsys):
     return run
 
 
-@pytest.fixture
-def always(finished_run, tmp_path):
-    """A copy of the run whose head always decides the same: ALLOW, ESCALATE or REFUSE by its bias alone."""
-
-    def copy(label: str) -> Path:
-        folder = tmp_path / f"always-{label}"
-        shutil.copytree(finished_run / "adapter", folder / "adapter")
-        path = folder / "adapter" / "adapter.safetensors"
-        tensors = load_file(path)
-        tensors["head.linear.weight"] = torch.zeros_like(tensors["head.linear.weight"])
-        tensors["head.linear.bias"] = torch.tensor([2.0 if name == label else 0.0 for name in LABELS])
-        save_file(tensors, path)
-        return folder
-
-    return copy
-
-
 def probabilities_of_two() -> tuple[float, float]:
     """Softmax of (2, 0, 0): e^2 / (e^2 + 2) = 7.38906 / 9.38906 = 0.78699, and 1 / 9.38906 = 0.10651."""
     return 0.78699, 0.10651

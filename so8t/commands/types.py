@@ -1,6 +1,10 @@
-"""What a command line's words are read as."""
+"""What commands share: how a word of the command line is read, and where an agent at work keeps its state."""
 
 import argparse
+from pathlib import Path
+
+STATE = Path("outputs/agent")
+"""Where an agent at work keeps its queue and its audit log."""
 
 
 def positive(text: str) -> int:

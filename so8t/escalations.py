@@ -1,0 +1,120 @@
+"""What waits for a person: a queue of escalated requests in one SQLite file. A request is approved or denied once."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from so8t.errors import ArtefactError, SO8TError
+
+State = Literal["pending", "approved", "denied"]
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS escalations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    created REAL NOT NULL,
+    request TEXT NOT NULL,
+    context TEXT,
+    probabilities TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'approved', 'denied')),
+    decided REAL,
+    note TEXT
+)
+"""
+_COLUMNS = "id, created, request, context, probabilities, reason, state, decided, note"
+_WAIT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Escalation:
+    """One request that a person decides. Times are seconds since 1970; `reason` is why it came here."""
+
+    id: int
+    created: float
+    request: str
+    context: str | None
+    probabilities: dict[str, float]
+    reason: str
+    state: State
+    decided: float | None
+    note: str | None
+
+
+class EscalationQueue:
+    """The queue in `path`; several processes may use it at once.
+
+    Raises:
+        ArtefactError: `path` is there and no such queue.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._open() as database:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute(_TABLE)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        database = sqlite3.connect(self.path, timeout=_WAIT_SECONDS)
+        try:
+            with database:
+                yield database
+        except sqlite3.DatabaseError as error:
+            raise ArtefactError(f"{self.path}: cannot be used as a queue of escalations: {error}") from None
+        finally:
+            database.close()
+
+    def add(self, request: str, context: str | None, probabilities: Mapping[str, float], reason: str) -> int:
+        """Puts a request in; returns its id."""
+        values = (time.time(), request, context, json.dumps(dict(probabilities)), reason)
+        with self._open() as database:
+            row = database.execute(
+                "INSERT INTO escalations (created, request, context, probabilities, reason) VALUES (?, ?, ?, ?, ?)", values
+            )
+            return int(row.lastrowid or 0)
+
+    def listed(self, state: State | None = "pending") -> list[Escalation]:
+        """Requests in one state, or all (`None`), oldest first."""
+        where, values = ("", ()) if state is None else (" WHERE state = ?", (state,))
+        with self._open() as database:
+            rows = database.execute(f"SELECT {_COLUMNS} FROM escalations{where} ORDER BY id", values).fetchall()  # noqa: S608
+        return [_escalation(row) for row in rows]
+
+    def get(self, number: int) -> Escalation:
+        """One request.
+
+        Raises:
+            SO8TError: there is none of that id.
+        """
+        with self._open() as database:
+            row = database.execute(f"SELECT {_COLUMNS} FROM escalations WHERE id = ?", (number,)).fetchone()  # noqa: S608
+        if row is None:
+            raise SO8TError(f"{self.path}: no escalation {number}; `so8t escalations list --all` shows what there is")
+        return _escalation(row)
+
+    def decide(self, number: int, state: Literal["approved", "denied"], note: str | None = None) -> Escalation:
+        """Approves or denies a pending request, once: of two that decide at the same time, one gets the error.
+
+        Raises:
+            SO8TError: there is none of that id, or it was decided before.
+        """
+        with self._open() as database:
+            changed = database.execute(
+                "UPDATE escalations SET state = ?, decided = ?, note = ? WHERE id = ? AND state = 'pending'",
+                (state, time.time(), note, number),
+            ).rowcount
+        found = self.get(number)
+        if not changed:
+            raise SO8TError(f"escalation {number} was {found.state} before: a decision is taken once")
+        return found
+
+
+def _escalation(row: tuple) -> Escalation:
+    number, created, request, context, probabilities, reason, state, decided, note = row
+    return Escalation(number, created, request, context, json.loads(probabilities), reason, state, decided, note)

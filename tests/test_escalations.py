@@ -1,0 +1,75 @@
+"""The queue of escalated requests: each waits for one decision, and gets one."""
+
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from so8t.cli import main
+from so8t.errors import ArtefactError, SO8TError
+from so8t.escalations import EscalationQueue
+
+PROBABILITIES = {"ALLOW": 0.1, "ESCALATE": 0.8, "REFUSE": 0.1}
+
+
+@pytest.fixture
+def queue(tmp_path):
+    queue = EscalationQueue(tmp_path / "escalations.sqlite")
+    for request in ("wire the money", "drop the table", "日本語"):
+        queue.add(request, None, PROBABILITIES, "decision")
+    return queue
+
+
+def test_what_was_put_in_comes_out_oldest_first(queue):
+    assert [item.request for item in queue.listed()] == ["wire the money", "drop the table", "日本語"]
+    item = queue.get(2)
+    assert (item.state, item.probabilities, item.context, item.reason) == ("pending", PROBABILITIES, None, "decision")
+
+
+def test_a_request_is_decided_once(queue):
+    assert queue.decide(1, "approved", "known customer").note == "known customer"
+    with pytest.raises(SO8TError, match="was approved before"):
+        queue.decide(1, "denied")
+    assert queue.get(1).state == "approved"
+    assert [item.id for item in queue.listed()] == [2, 3]
+    assert len(queue.listed(None)) == 3
+
+
+def decided(path, state):
+    try:
+        EscalationQueue(path).decide(1, state)
+    except SO8TError:
+        return 0
+    return 1
+
+
+def test_of_two_that_decide_at_once_one_wins(queue):
+    with ProcessPoolExecutor(2) as pool:
+        won = list(pool.map(decided, [queue.path] * 6, ["approved", "denied"] * 3))
+    assert sum(won) == 1
+
+
+def test_a_file_that_is_no_queue_is_an_error_and_stays_as_it_is(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes " * 200)
+    with pytest.raises(ArtefactError, match=r"notes.txt: cannot be used"):
+        EscalationQueue(path)
+    assert path.read_text() == "my notes " * 200
+
+
+def test_a_number_that_is_not_there_is_an_error(queue):
+    with pytest.raises(SO8TError, match="no escalation 9"):
+        queue.decide(9, "approved")
+
+
+def test_the_command_lists_approves_and_denies(queue, capsys):
+    state = ["--state", str(queue.path.parent)]
+    main(["escalations", "approve", "1", "--note", "fine", *state])
+    main(["escalations", "deny", "3", *state])
+    main(["escalations", "list", *state])
+    told = capsys.readouterr().out
+    assert "drop the table" in told.split("id")[-1]
+    assert [queue.get(k).state for k in (1, 2, 3)] == ["approved", "pending", "denied"]
+    for wrong in (["escalations", "approve", *state], ["escalations", "list", "--state", str(queue.path.parent / "no")]):
+        with pytest.raises(SystemExit) as end:
+            main(wrong)
+        assert end.value.code == 2
