@@ -52,8 +52,8 @@ def checkpoint_card(folder: Path, settings: Settings, adapter: Path, dtype: torc
 
 A plain checkpoint of the base's architecture in {str(dtype).removeprefix("torch.")}: `AutoModelForCausalLM` loads it
 without any further code. SO8T trained SO(8) rotations inside the top {gate["top_layers"]} layers of the frozen base, and a
-three-way safety head ({", ".join(settings["labels"])}). Here the rotations are multiplied into the weights beside them; {untied}.
-The head is one linear map in `safety_head.safetensors`.{_dequantised(base)}
+three-way safety head ({", ".join(settings["labels"])}). Here the rotations are multiplied into the weights beside them;
+{untied}. The head is one linear map in `safety_head.safetensors`.{_dequantised(base)}
 
 **What it says is said behind all gates.** Rotations that were trained for the safety head can cost the base its language: for
 answers use the base itself, and this checkpoint for the decision.
