@@ -15,6 +15,7 @@ COMMANDS = (
     "escalations",
     "audit",
     "cache",
+    "export",
 )
 
 

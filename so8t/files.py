@@ -2,8 +2,13 @@
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from so8t.errors import SO8TError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -30,3 +35,33 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Indented JSON, atomically; NaN is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_free(folder: Path) -> None:
+    """Raises SO8TError where a folder cannot be written without touching something that is there."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise SO8TError(f"{folder} exists and is not an empty folder: name another one, nothing is overwritten")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well, and is deleted when it does not. For
+    files without folders among them.
+
+    Raises:
+        SO8TError: something is there already.
+    """
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield part
+        part.chmod(0o755)
+        for file in part.iterdir():
+            file.chmod(0o644)
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part)
+        raise

@@ -1,0 +1,60 @@
+"""Reads the safety head that lies beside an exported checkpoint. Needs torch, transformers and safetensors, nothing else."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Scales vectors to root mean square 1: `[..., D] -> [..., D]`."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class SafetyHead:
+    """ALLOW, ESCALATE or REFUSE from the states of a checkpoint: one linear map at the prompt's last token."""
+
+    def __init__(self, folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.spec = json.loads((Path(folder) / "safety_head.json").read_text(encoding="utf-8"))
+        self.tensors = load_file(Path(folder) / "safety_head.safetensors")
+        self.model, self.tokenizer = model, tokenizer
+
+    def tokens(self, request: str, context: str | None = None) -> Tensor:
+        """The prompt, `[1, T]`: control tokens in a request are plain text, a long request keeps its beginning and its end."""
+        text = f"{context}\n\n{request}" if context else request
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        room = self.spec["room"]
+        if len(ids) > room:
+            ids = ids[: room // 2] + ids[len(ids) - (room - room // 2) :]
+        return torch.tensor([self.spec["before"] + ids + self.spec["after"]], device=self.model.device)
+
+    @torch.no_grad()
+    def logits(self, request: str, context: str | None = None) -> Tensor:
+        """Logits in the order of `labels`: `[3]`, float32."""
+        top: list[Tensor] = []  # the last layer's output, before the final norm
+        hook = self.model.model.norm.register_forward_pre_hook(lambda _, inputs: top.append(inputs[0]))
+        out = self.model.model(input_ids=self.tokens(request, context), output_hidden_states=True)
+        hook.remove()
+        states = [*out.hidden_states[:-1], top[0], out.last_hidden_state]
+        features = []
+        for layer in self.spec["layers"]:
+            state = unit_rms(states[-1 if layer == "last" else layer][0].float().cpu())
+            if self.spec["pooling"] != "mean":
+                features.append(state[-1])
+            if self.spec["pooling"] != "token":
+                features.append(unit_rms(state.mean(0)))
+        return self.tensors["weight"] @ torch.cat(features) + self.tensors["bias"]
+
+    def decide(self, request: str, context: str | None = None) -> tuple[str, dict[str, float]]:
+        """The decision and the probabilities. Not finite, tied or under `min_confidence`: ESCALATE."""
+        logits = self.logits(request, context)
+        if not logits.isfinite().all():
+            return "ESCALATE", dict.fromkeys(self.spec["labels"], 1 / 3)
+        probabilities = dict(zip(self.spec["labels"], logits.softmax(-1).tolist(), strict=True))
+        best = max(probabilities.values())
+        chosen = [label for label, p in probabilities.items() if p == best]
+        sure = len(chosen) == 1 and best >= self.spec["min_confidence"]
+        return (chosen[0] if sure else "ESCALATE"), probabilities
