@@ -1,5 +1,6 @@
 """The audit log: every line stays, and whatever is done to it afterwards shows."""
 
+import itertools
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ def test_every_line_is_json_and_the_chain_is_whole(tmp_path):
     filled(tmp_path)
     entries = [json.loads(line) for line in files_of(tmp_path)[0].read_text().splitlines()]
     assert [e["number"] for e in entries] == [1, 2, 3, 4, 5, 6]
-    assert all(later["previous"] == earlier["hash"] for earlier, later in zip(entries, entries[1:], strict=False))
+    assert all(later["previous"] == earlier["hash"] for earlier, later in itertools.pairwise(entries))
     found = verify(tmp_path)
     assert (found.lines, found.last, found.problems) == (6, entries[-1]["hash"], [])
 
