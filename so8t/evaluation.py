@@ -25,6 +25,7 @@ from so8t.files import write_text
 from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, constant_baselines, flicker
 from so8t.model import Decisions, SO8TModel, at_position
+from so8t.streaming import Stream, along
 
 SHOWN = (
     ("macro_f1", "macro-F1 [95 %]"),
@@ -39,7 +40,8 @@ SHOWN = (
 
 @dataclass
 class Predictions:
-    """One row per record, in the records' order: `probabilities` `[N, 3]`, the others `[N]`."""
+    """One row per record, in the records' order: `probabilities` `[N, 3]`, the others `[N]`. `stream` is what was decided
+    along the tokens, where there are tokens."""
 
     probabilities: Tensor
     decisions: Tensor
@@ -47,6 +49,7 @@ class Predictions:
     unsure: Tensor
     flicker: Tensor
     changes: Tensor
+    stream: Stream | None = None
 
     def metrics(self, records: Sequence[Record], rows: Sequence[int] | None = None) -> dict[str, float]:
         """Figures over all rows or some of them."""
@@ -57,6 +60,8 @@ class Predictions:
         figures = metrics.compute()
         figures["flicker"] = float(self.flicker[chosen].nanmean())
         figures["decision_changes"] = float(self.changes[chosen].nanmean())
+        if self.stream is not None:
+            figures |= self.stream.chosen(chosen).figures(labels)
         return figures
 
     @property
@@ -65,7 +70,7 @@ class Predictions:
         return Decisions(self.probabilities, self.decisions, self.failed, self.unsure)
 
     def under(self, policy: Policy) -> "Predictions":
-        """Decided by a policy; `flicker` and `changes` stay those of the head's own probabilities."""
+        """Decided by a policy; `flicker`, `changes` and `stream` stay those of the head's own."""
         new = policy.apply(self.decided)
         return replace(self, probabilities=new.probabilities, decisions=new.labels, failed=new.failed, unsure=new.unsure)
 
@@ -138,6 +143,7 @@ def predict(
         torch.zeros(n, len(LABELS)), torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool),
         torch.zeros(n, dtype=torch.bool), nan, nan.clone(),
     )  # fmt: skip
+    out.stream = Stream(torch.zeros(n), nan.clone(), torch.zeros(n))
     for rows in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
         batch = dataset[rows]
         tokens, mask = batch.tokens.to(model.base.device), batch.mask.to(model.base.device)
@@ -147,6 +153,10 @@ def predict(
         out.decisions[rows] = decisions.labels.cpu()
         out.failed[rows] = decisions.failed.cpu()
         out.unsure[rows] = decisions.unsure.cpu()
+        streamed = along(result.logits.cpu(), batch.path, min_confidence=model.head.spec.min_confidence)
+        out.stream.tokens[rows] = streamed.tokens
+        out.stream.detection[rows] = streamed.detection
+        out.stream.alarms[rows] = streamed.alarms
         restless, changes = flicker(result.logits.cpu(), batch.path)
         out.flicker[rows] = restless
         out.changes[rows] = changes
@@ -261,8 +271,8 @@ def evaluate(
     return Evaluation(name, overall, by_source, confusion.tolist(), intervals)
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+def _cell(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
@@ -281,6 +291,13 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             cells[0] += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         table.add_row(who, *cells, style="bold" if who == "SO8T" else "")
     console.print(table)
+    if "detected" in figures:
+        console.print(
+            f"along a request's tokens, by the most probable label: {_cell(figures['detected'])} of the risky rows detected by "
+            f"its end, after {_cell(figures['time_to_detection'], 1)} tokens on average; "
+            f"{_cell(figures['decision_changes'], 2)} changes a row; "
+            f"{_cell(figures['false_alarms_per_1000_tokens'], 1)} false alarms per 1,000 tokens of ALLOW rows"
+        )
     table = Table(title=f"{evaluation.name}, by source (accuracy; false allow and over-refusal of SO8T)", title_justify="left")
     table.add_column("source")
     table.add_column("rows", justify="right")

@@ -1,18 +1,27 @@
 """`so8t ask`: decides one request; on ALLOW the agent answers."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from so8t.commands.types import positive
 from so8t.errors import SO8TError
 from so8t.labels import LABELS, Label
 
+if TYPE_CHECKING:
+    from so8t.adapter import Agent
+
 HELP = "decide one request; on ALLOW the agent answers"
+
+COLOURS = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +33,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gated", action="store_true", help="answer behind all gates (R_cmd included) instead of from the intact base"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--stream", action="store_true", help="first show what is decided after each token of the request, in colours"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output; with --stream, one a token before it"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,6 +49,9 @@ def run(args: argparse.Namespace) -> None:
     if not request.strip():
         raise SO8TError("the request is empty")
     agent = load_agent(args.run)
+    console = Console(soft_wrap=True)
+    if args.stream:
+        show_stream(agent, request, args.context, console, as_json=args.json)
     decisions = agent.decide(request, args.context)
     label = Label(int(decisions.labels[0]))
     probabilities = {name: float(decisions.probabilities[0, k]) for k, name in enumerate(LABELS)}
@@ -54,12 +71,25 @@ def run(args: argparse.Namespace) -> None:
             out["failure"] = "a logit was not finite"
         print(json.dumps(out, ensure_ascii=False))
         return
-    console = Console(soft_wrap=True)
-    colour = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}[label]
-    console.print(f"[bold {colour}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items()))
+    console.print(f"[bold {COLOURS[label]}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items()))
     if bool(decisions.failed[0]):
         console.print("this is a failure (a logit was not finite), not a prediction")
     if agent.policy is not None:
         console.print(f"decided {agent.policy.describe()}")
     if answer is not None:
         console.print(escape(answer))
+
+
+def show_stream(agent: Agent, request: str, context: str | None, console: Console, *, as_json: bool) -> None:
+    """The request token by token, each in the colour of what is decided after it; or one JSON line a token."""
+    from so8t.streaming import stream
+
+    for number, token in enumerate(stream(agent, request, context), start=1):
+        if as_json:
+            probabilities = dict(zip(LABELS, token.probabilities, strict=True))
+            line = {"token": number, "text": token.text, "decision": token.label.name, "probabilities": probabilities}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            console.print(Text(token.text, style=COLOURS[token.label]), end="")
+    if not as_json:
+        console.print()
