@@ -78,5 +78,5 @@ def trilinear_form(v: Tensor, s_plus: Tensor, s_minus: Tensor) -> Tensor:
     `A` reads nothing of `A`.
     """
     generators = FORM.reshape(DIM * DIM, DIM).to(s_minus)
-    on_s_plus = (s_minus @ generators.T).unflatten(-1, (DIM, DIM))  # g_k s-, an element of S+ for every k
+    on_s_plus = (s_minus @ generators.T).reshape(*s_minus.shape, DIM)  # g_k s-, an element of S+ for every k
     return ((on_s_plus @ s_plus[..., None])[..., 0] * v).sum(-1)
