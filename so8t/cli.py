@@ -14,6 +14,7 @@ COMMANDS = (
     "chat",
     "escalations",
     "audit",
+    "data",
     "cache",
     "export",
 )
