@@ -11,6 +11,7 @@ COMMANDS = (
     "ask",
     "evaluate",
     "calibrate",
+    "report",
     "cache",
 )
 

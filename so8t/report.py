@@ -1,0 +1,394 @@
+"""One HTML file about a trained run, whole in itself: what was trained, how well it decides, what it gets wrong.
+
+Every panel takes what it needs from a `RunFolder` and names the files that it misses. Texts of the data are escaped by
+jinja2; there is no script, and nothing is loaded from elsewhere.
+"""
+
+import base64
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from so8t.calibration import Policy
+from so8t.curves import OperatingPoint, auprc_not_allow, operating_point, reliability, risk_coverage, trade_off
+from so8t.evaluation import SHOWN
+from so8t.labels import LABELS, Label
+from so8t.model import Decisions
+from so8t.plots import (
+    plot_angles,
+    plot_confusion,
+    plot_group,
+    plot_losses,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_trade_off,
+)
+from so8t.run_folder import ADAPTER, CONFIG, METRICS, SETS, TENSORS, Figures, PredictedRows, RunFolder, Scores
+
+MISTAKES = 15
+"""Rows shown of each set."""
+LONGEST = 400
+"""Characters shown of a request."""
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG inside the page; a `wide` one scrolls sideways on a telephone."""
+
+    alt: str
+    base64: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `texts`: the first column holds whole requests."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    texts: bool = False
+
+
+@dataclass
+class Panel:
+    """One part of the page."""
+
+    key: str
+    title: str
+    note: str = ""
+    absent: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    def misses(self, *files: str) -> None:
+        """Names files that are not in the folder."""
+        self.absent += [f"not in the run's folder, so not shown: {name}" for name in files]
+
+
+def render(run: RunFolder) -> str:
+    """The page."""
+    panels = [panel(run) for panel in PANELS]
+    loader = PackageLoader("so8t", "templates")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    parts = run.folder.resolve().parts
+    return environment.get_template("report.html").render(name="/".join(parts[-2:]), panels=panels)
+
+
+def _drawn(alt: str, plot: Callable[[BytesIO], None], *, wide: bool = False) -> Picture:
+    memory = BytesIO()
+    plot(memory)
+    return Picture(alt, base64.b64encode(memory.getvalue()).decode("ascii"), wide)
+
+
+def _sets(run: RunFolder, panel: Panel) -> Iterable[tuple[str, PredictedRows]]:
+    """Predictions of each set by its title; the missing ones are named in the panel."""
+    for part, title in SETS.items():
+        predictions = run.predictions[part]
+        if predictions is None:
+            panel.misses(f"{part}_predictions.jsonl")
+        elif not predictions.rows:
+            panel.absent.append(f"{title}: no row was decided")
+        else:
+            yield title, predictions
+
+
+def _scores(run: RunFolder, panel: Panel) -> Iterable[tuple[str, Scores]]:
+    for part, title in SETS.items():
+        scores = run.scores[part]
+        if scores is None:
+            panel.misses(f"{part}.json")
+        else:
+            yield title, scores
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not np.isfinite(value) else f"{value:.3f}"
+
+
+def _told(value: object) -> str:
+    """A setting in words."""
+    if isinstance(value, list):
+        return ", ".join(map(_told, value)) or "none"
+    return "-" if value is None else str(value)
+
+
+def _setup(run: RunFolder) -> Panel:
+    panel = Panel("setup", "What was trained on what")
+    if run.config is None:
+        panel.misses(CONFIG)
+    else:
+        settings = {
+            "base, frozen": ("base.name", "base.source", "base.quantization"),
+            "gates": ("gate.interior", "gate.top_layers", "gate.sites", "gate.last", "gate.blocks", "gate.map"),
+            "head": ("head.reads", "head.pooling", "head.standardise", "head.dropout"),
+            "loss": ("loss.cost_weight", "loss.task_weight", "pet.weight", "pet.target", "pet.path"),
+            "training": ("seed", "trainer.max_epochs", "data.batch_size", "optim.gate_lr", "optim.head_lr"),
+            "kept for the unseen set": ("data.holdout_sources",),
+        }
+        rows = [[what, "; ".join(f"{key} {_told(run.setting(key))}" for key in keys)] for what, keys in settings.items()]
+        panel.tables.append(Table("settings, from config.yaml", ["part", "settings"], rows))
+        sources = run.setting("data.sources")
+        if isinstance(sources, dict) and sources:
+            keys = ("kind", "licence", "weight")
+            table = [
+                [str(name), *(_told(source.get(key) if isinstance(source, dict) else None) for key in keys)]
+                for name, source in sources.items()
+            ]
+            panel.tables.append(Table("sources of the rows", ["source", *keys], table))
+        elif (path := run.setting("data.path")) is not None:
+            panel.tables.append(Table("sources of the rows", ["file"], [[_told(path)]]))
+    if run.trained is None:
+        panel.misses(TENSORS, ADAPTER)
+    else:
+        steps = max((step for points in (run.series or {}).values() for step, _ in points), default=None)
+        rows = [[f"{what}, numbers", f"{count:,}"] for what, count in run.trained.items()]
+        rows.append(["optimiser steps, last logged", _told(steps)])
+        panel.tables.append(Table("trained", ["part", ""], rows))
+    return panel
+
+
+def _with_interval(value: float | None, interval: Interval | None) -> str:
+    return _number(value) if interval is None else f"{_number(value)} [{_number(interval[0])}, {_number(interval[1])}]"
+
+
+def _exact(errors: int, rows: int) -> Interval | None:
+    """95 % interval of a rate (Clopper and Pearson 1934)."""
+    if not rows:
+        return None
+    interval = binomtest(errors, rows).proportion_ci(0.95, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def _metrics(run: RunFolder) -> Panel:
+    panel = Panel(
+        "metrics",
+        "How well it decides",
+        "Brackets are 95 % intervals: of macro-F1 by bootstrap over rows, of SO8T's rates exact (Clopper and Pearson). They "
+        "speak of other rows from the same sources. Baselines were fitted on the same training rows; what a constant answer "
+        "reaches is no score. AUPRC is the average precision of 'not ALLOW', AURC the mean error rate over all coverages.",
+    )
+    for title, scores in _scores(run, panel):
+        allow = sum(scores.confusion[Label.ALLOW])
+        risky = sum(sum(row) for row in scores.confusion) - allow
+        wrong = sum(row[Label.ALLOW] for row in scores.confusion) - scores.confusion[Label.ALLOW][Label.ALLOW]
+        refused = allow - scores.confusion[Label.ALLOW][Label.ALLOW]
+        exact = {"false_allow_rate": _exact(wrong, risky), "over_refusal_rate": _exact(refused, allow)}
+
+        def cells(who: str, figures: Figures, own: dict[str, Interval | None], scores: Scores = scores) -> list[str]:
+            intervals = {"macro_f1": scores.macro_f1_95.get(who), **own}
+            return [who, *(_with_interval(figures.get(key), intervals.get(key)) for key, _ in SHOWN)]
+
+        rows = [cells("SO8T", scores.metrics, exact)]
+        rows += [cells(who, figures, {}) for who, figures in scores.baselines.items()]
+        heads = [head for _, head in SHOWN]
+        counted = {key: int(scores.metrics.get(key) or 0) for key in ("rows", "failures", "unsure")}
+        about = f"{title}: {counted['rows']} rows, {counted['failures']} failures (not counted), {counted['unsure']} unsure"
+        panel.tables.append(Table(about, ["classifier", *heads], rows))
+        names = list(next(iter(scores.by_source.values()), {}))
+        panel.tables.append(
+            Table(
+                f"{title}, by source: accuracy of each classifier, and SO8T's rates",
+                ["source", "rows", *names, "false allow", "over-refusal"],
+                [
+                    [
+                        source,
+                        str(int(table.get("SO8T", {}).get("rows") or 0)),
+                        *(_number(table.get(who, {}).get("accuracy")) for who in names),
+                        *(_number(table.get("SO8T", {}).get(key)) for key in ("false_allow_rate", "over_refusal_rate")),
+                    ]
+                    for source, table in scores.by_source.items()
+                ],
+            )
+        )
+    curves = []
+    for title, told in _sets(run, panel):
+        risk = risk_coverage(told.probabilities, told.labels)
+        share = float((told.labels != Label.ALLOW).mean())
+        auprc = auprc_not_allow(told.probabilities, told.labels)
+        curves.append([title, _number(auprc), _number(share), _number(risk.aurc if risk else None)])
+    if curves:
+        head = ["set", "AUPRC of 'not ALLOW'", "share of such rows (AUPRC by chance)", "AURC"]
+        panel.tables.append(Table("SO8T over all thresholds, from the predictions", head, curves))
+    return panel
+
+
+def _confusion(run: RunFolder) -> Panel:
+    panel = Panel("confusion", "Confusion matrices")
+    for title, scores in _scores(run, panel):
+        heading = f"{title}: macro-F1 {_number(scores.metrics.get('macro_f1'))}"
+        plot = partial(plot_confusion, scores.confusion, heading)
+        panel.pictures.append(_drawn(f"Confusion matrix, {title}: {scores.confusion}, labels by decisions", plot))
+    return panel
+
+
+def _reliability(run: RunFolder) -> Panel:
+    panel = Panel(
+        "reliability",
+        "Reliability",
+        "How often the most probable label is right, by how probable it was said to be. Bars under the dashed line: too sure.",
+    )
+    for title, told in _sets(run, panel):
+        bins = reliability(told.probabilities, told.labels)
+        plot = partial(plot_reliability, bins, title)
+        panel.pictures.append(_drawn(f"Reliability diagram, {title}: ECE {bins.error:.3f}", plot))
+    return panel
+
+
+def _trade_off(run: RunFolder) -> Panel:
+    panel = Panel(
+        "trade-off",
+        "False allow against over-refusal",
+        "The curve moves one threshold on P(ALLOW). Marks are ways of deciding: as in the predictions' file and, after "
+        "so8t calibrate, by the policy, which looks at more than P(ALLOW), so that marks may lie beside the curve.",
+    )
+    curves, points = {}, {}
+    for title, told in _sets(run, panel):
+        curve = trade_off(told.probabilities, told.labels)
+        if curve is None:
+            panel.absent.append(f"{title}: needs rows labelled ALLOW and others, and one kind is missing")
+            continue
+        allowed = {"as decided": told.decisions == Label.ALLOW}
+        if run.policy is not None:
+            allowed["by the policy"] = _by_policy(run.policy, told)
+        marks = {how: operating_point(given, told.labels) for how, given in allowed.items()}
+        curves[title] = curve
+        points[title] = {how: point for how, point in marks.items() if isinstance(point, OperatingPoint)}
+    if curves:
+        panel.pictures.append(
+            _drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points))
+        )
+        rows = [
+            [title, how, _number(point.false_allow), _number(point.over_refusal)]
+            for title, marks in points.items()
+            for how, point in marks.items()
+        ]
+        panel.tables.append(Table("operating points", ["set", "decided", "false allow", "over-refusal"], rows))
+    return panel
+
+
+def _by_policy(policy: Policy, told: PredictedRows) -> NDArray[np.bool_]:
+    """Which rows a policy allows: `[N]`."""
+    no = torch.zeros(len(told.rows), dtype=torch.bool)
+    unsure = torch.tensor([row.unsure for row in told.rows])
+    decided = Decisions(torch.from_numpy(told.probabilities), torch.from_numpy(told.decisions), no, unsure)
+    return np.asarray(policy.apply(decided).labels == Label.ALLOW)
+
+
+def _risk_coverage(run: RunFolder) -> Panel:
+    panel = Panel(
+        "risk-coverage",
+        "Risk and coverage",
+        "The error rate if only the most confident rows are decided and the others go to a person (Geifman and El-Yaniv 2017). "
+        "The dotted line is the error rate over all rows.",
+    )
+    curves = {}
+    for title, told in _sets(run, panel):
+        curve = risk_coverage(told.probabilities, told.labels)
+        if curve is not None:
+            curves[title] = curve
+    if curves:
+        panel.pictures.append(_drawn("Error rate against coverage", partial(plot_risk_coverage, curves)))
+    return panel
+
+
+def _group(run: RunFolder) -> Panel:
+    panel = Panel("group", "Group invariants over training", "Defects of orthogonality and determinant over all gates.")
+    if run.series is None:
+        panel.misses(METRICS)
+        return panel
+    if not any(name.startswith("group/") for name in run.series):
+        panel.absent.append(f"{METRICS} has no group invariants: the run was trained without callbacks.group, or without gates")
+        return panel
+    bars = []
+    for key, default in (("tolerance", 1e-12), ("tolerance_float32", 5e-6)):
+        value = run.setting(f"callbacks.group.{key}")
+        bars.append(float(value) if isinstance(value, int | float) else default)
+    plot = partial(plot_group, run.series, tolerance=bars[0], tolerance_float32=bars[1])
+    panel.pictures.append(_drawn("Defects, commutator and angles of the gates against optimiser steps", plot, wide=True))
+    return panel
+
+
+def _losses(run: RunFolder) -> Panel:
+    panel = Panel("losses", "Loss, its parts and PET's share")
+    if run.series is None:
+        panel.misses(METRICS)
+        return panel
+    if not run.series.get("train/loss"):
+        panel.absent.append(f"{METRICS} has no losses: the run logged no training step")
+        return panel
+    panel.pictures.append(_drawn("Loss and its parts against optimiser steps", partial(plot_losses, run.series), wide=True))
+    shares = [value for _, value in run.series.get("train/share_pet", [])]
+    if shares:
+        panel.note = (
+            f"PET's share of the loss: {shares[-1]:.1%} at the last logged step, {max(shares):.1%} at most; "
+            f"pet.max_share is {_told(run.setting('pet.max_share'))} (of the safety part)."
+        )
+    return panel
+
+
+def _gates(run: RunFolder) -> Panel:
+    panel = Panel(
+        "gates",
+        "How far each gate turns",
+        "The distance of each rotation from the identity in the saved adapter; 0 leaves its block as it was.",
+    )
+    if run.angles is None:
+        panel.misses(TENSORS, ADAPTER)
+    elif not run.angles:
+        panel.absent.append(f"{TENSORS} has no gates")
+    else:
+        panel.pictures.append(
+            _drawn("Distance from the identity by gate and block", partial(plot_angles, run.angles), wide=True)
+        )
+        rows = [
+            [name, str(len(values)), *(f"{value:.4f}" for value in (values.mean(), values.min(), values.max()))]
+            for name, values in run.angles.items()
+        ]
+        panel.tables.append(Table("distance from the identity", ["gate", "blocks", "mean", "least", "most"], rows))
+    return panel
+
+
+def _mistakes(run: RunFolder) -> Panel:
+    panel = Panel(
+        "mistakes",
+        "The worst mistakes",
+        f"Rows that were decided wrongly, those with the most probable wrong decision first; at most {MISTAKES} of each set. "
+        "Requests are shown as they are in the data, and some are offensive.",
+    )
+    for title, told in _sets(run, panel):
+        wrong = np.flatnonzero(told.decisions != told.labels)
+        sure = told.probabilities[wrong, told.decisions[wrong]]
+        worst = wrong[np.argsort(-sure, kind="stable")][:MISTAKES]
+        rows = []
+        for row in (told.rows[i] for i in worst):
+            request = row.user_request if len(row.user_request) <= LONGEST else row.user_request[:LONGEST] + "…"
+            shares = [f"{row.probabilities[name]:.3f}" for name in ("ALLOW", "ESCALATE", "REFUSE")]
+            rows.append([request, row.source, row.safety_label, row.decision, *shares])
+        head = ["request", "source", "label", "decision", *(f"P({name})" for name in LABELS)]
+        panel.tables.append(Table(f"{title}: {len(wrong)} of {len(told.rows)} rows decided wrongly", head, rows, texts=True))
+    return panel
+
+
+PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
+    _setup,
+    _metrics,
+    _confusion,
+    _reliability,
+    _trade_off,
+    _risk_coverage,
+    _group,
+    _losses,
+    _gates,
+    _mistakes,
+)
+"""In the order of the page."""
