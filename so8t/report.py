@@ -148,7 +148,7 @@ def _setup(run: RunFolder) -> Panel:
         elif (path := run.setting("data.path")) is not None:
             panel.tables.append(Table("sources of the rows", ["file"], [[_told(path)]]))
     if run.trained is None:
-        panel.misses(TENSORS, ADAPTER)
+        panel.misses(*(name for name in (TENSORS, ADAPTER) if not (run.folder / name).is_file()))
     else:
         steps = max((step for points in (run.series or {}).values() for step, _ in points), default=None)
         rows = [[f"{what}, numbers", f"{count:,}"] for what, count in run.trained.items()]
@@ -343,7 +343,7 @@ def _gates(run: RunFolder) -> Panel:
         "The distance of each rotation from the identity in the saved adapter; 0 leaves its block as it was.",
     )
     if run.angles is None:
-        panel.misses(TENSORS, ADAPTER)
+        panel.misses(*(name for name in (TENSORS, ADAPTER) if not (run.folder / name).is_file()))
     elif not run.angles:
         panel.absent.append(f"{TENSORS} has no gates")
     else:
