@@ -1,18 +1,13 @@
 """One HTML file about a trained run, whole in itself: what was trained, how well it decides, what it gets wrong.
 
-Every panel takes what it needs from a `RunFolder` and names the files that it misses. Texts of the data are escaped by
-jinja2; there is no script, and nothing is loaded from elsewhere.
+Every panel takes what it needs from a `RunFolder` and names the files that it misses.
 """
 
-import base64
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
@@ -21,6 +16,7 @@ from so8t.curves import OperatingPoint, auprc_not_allow, operating_point, reliab
 from so8t.evaluation import SHOWN
 from so8t.labels import LABELS, Label
 from so8t.model import Decisions
+from so8t.page import Panel, Table, drawn, render_page
 from so8t.plots import (
     plot_angles,
     plot_confusion,
@@ -40,54 +36,9 @@ LONGEST = 400
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG inside the page; a `wide` one scrolls sideways on a telephone."""
-
-    alt: str
-    base64: str
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; `texts`: the first column holds whole requests."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    texts: bool = False
-
-
-@dataclass
-class Panel:
-    """One part of the page."""
-
-    key: str
-    title: str
-    note: str = ""
-    absent: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-
-    def misses(self, *files: str) -> None:
-        """Names files that are not in the folder."""
-        self.absent += [f"not in the run's folder, so not shown: {name}" for name in files]
-
-
 def render(run: RunFolder) -> str:
     """The page."""
-    panels = [panel(run) for panel in PANELS]
-    loader = PackageLoader("so8t", "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    parts = run.folder.resolve().parts
-    return environment.get_template("report.html").render(name="/".join(parts[-2:]), panels=panels)
-
-
-def _drawn(alt: str, plot: Callable[[BytesIO], None], *, wide: bool = False) -> Picture:
-    memory = BytesIO()
-    plot(memory)
-    return Picture(alt, base64.b64encode(memory.getvalue()).decode("ascii"), wide)
+    return render_page("/".join(run.folder.resolve().parts[-2:]), [panel(run) for panel in PANELS])
 
 
 def _sets(run: RunFolder, panel: Panel) -> Iterable[tuple[str, PredictedRows]]:
@@ -227,7 +178,7 @@ def _confusion(run: RunFolder) -> Panel:
     for title, scores in _scores(run, panel):
         heading = f"{title}: macro-F1 {_number(scores.metrics.get('macro_f1'))}"
         plot = partial(plot_confusion, scores.confusion, heading)
-        panel.pictures.append(_drawn(f"Confusion matrix, {title}: {scores.confusion}, labels by decisions", plot))
+        panel.pictures.append(drawn(f"Confusion matrix, {title}: {scores.confusion}, labels by decisions", plot))
     return panel
 
 
@@ -240,7 +191,7 @@ def _reliability(run: RunFolder) -> Panel:
     for title, told in _sets(run, panel):
         bins = reliability(told.probabilities, told.labels)
         plot = partial(plot_reliability, bins, title)
-        panel.pictures.append(_drawn(f"Reliability diagram, {title}: ECE {bins.error:.3f}", plot))
+        panel.pictures.append(drawn(f"Reliability diagram, {title}: ECE {bins.error:.3f}", plot))
     return panel
 
 
@@ -265,7 +216,7 @@ def _trade_off(run: RunFolder) -> Panel:
         points[title] = {how: point for how, point in marks.items() if isinstance(point, OperatingPoint)}
     if curves:
         panel.pictures.append(
-            _drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points))
+            drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points))
         )
         rows = [
             [title, how, _number(point.false_allow), _number(point.over_refusal)]
@@ -297,7 +248,7 @@ def _risk_coverage(run: RunFolder) -> Panel:
         if curve is not None:
             curves[title] = curve
     if curves:
-        panel.pictures.append(_drawn("Error rate against coverage", partial(plot_risk_coverage, curves)))
+        panel.pictures.append(drawn("Error rate against coverage", partial(plot_risk_coverage, curves)))
     return panel
 
 
@@ -314,7 +265,7 @@ def _group(run: RunFolder) -> Panel:
         value = run.setting(f"callbacks.group.{key}")
         bars.append(float(value) if isinstance(value, int | float) else default)
     plot = partial(plot_group, run.series, tolerance=bars[0], tolerance_float32=bars[1])
-    panel.pictures.append(_drawn("Defects, commutator and angles of the gates against optimiser steps", plot, wide=True))
+    panel.pictures.append(drawn("Defects, commutator and angles of the gates against optimiser steps", plot, wide=True))
     return panel
 
 
@@ -326,7 +277,7 @@ def _losses(run: RunFolder) -> Panel:
     if not run.series.get("train/loss"):
         panel.absent.append(f"{METRICS} has no losses: the run logged no training step")
         return panel
-    panel.pictures.append(_drawn("Loss and its parts against optimiser steps", partial(plot_losses, run.series), wide=True))
+    panel.pictures.append(drawn("Loss and its parts against optimiser steps", partial(plot_losses, run.series), wide=True))
     shares = [value for _, value in run.series.get("train/share_pet", [])]
     if shares:
         panel.note = (
@@ -348,7 +299,7 @@ def _gates(run: RunFolder) -> Panel:
         panel.absent.append(f"{TENSORS} has no gates")
     else:
         panel.pictures.append(
-            _drawn("Distance from the identity by gate and block", partial(plot_angles, run.angles), wide=True)
+            drawn("Distance from the identity by gate and block", partial(plot_angles, run.angles), wide=True)
         )
         rows = [
             [name, str(len(values)), *(f"{value:.4f}" for value in (values.mean(), values.min(), values.max()))]
