@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from so8t.calibration import FILE as POLICY
 from so8t.calibration import Policy, load_policy
 from so8t.curves import Floats, Integers
 from so8t.errors import ArtefactError
@@ -203,4 +202,4 @@ def _by_depth(name: str) -> tuple[int, str]:
     return (int(layer[1]) if layer else torch.iinfo(torch.int32).max, name)
 
 
-__all__ = ["ADAPTER", "CONFIG", "METRICS", "POLICY", "SETS", "TENSORS", "PredictedRows", "RunFolder", "Scores", "read_run"]
+__all__ = ["ADAPTER", "CONFIG", "METRICS", "SETS", "TENSORS", "PredictedRows", "RunFolder", "Scores", "read_run"]
