@@ -116,7 +116,7 @@ def plot(out: dict, path: object) -> None:
     """Time above, planned memory below."""
     import matplotlib.pyplot as plt
 
-    from so8t.report import COLOURS
+    from so8t.plots import COLOURS
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4))
     for axis, (key, x, name) in zip(

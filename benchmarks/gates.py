@@ -202,7 +202,7 @@ def report(out: dict, console: Console, picture: Path) -> None:
 def plot(out: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    from so8t.report import COLOURS
+    from so8t.plots import COLOURS
 
     variants = list(dict.fromkeys(run["variant"] for run in out["runs"]))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)

@@ -331,7 +331,7 @@ def plot(out: dict, path: Path) -> None:
     """Step time and peak memory, side by side."""
     import matplotlib.pyplot as plt
 
-    from so8t.report import COLOURS
+    from so8t.plots import COLOURS
 
     names = list(out["measured"])
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)

@@ -158,7 +158,7 @@ def report(results: dict) -> None:
 def plot(results: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    from so8t.report import COLOURS
+    from so8t.plots import COLOURS
 
     figure, axis = plt.subplots(figsize=(9, 4.5))
     means = {name: float(np.mean(list(found["left_out"].values()))) for name, found in results.items()}

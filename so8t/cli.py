@@ -15,6 +15,7 @@ COMMANDS = (
     "escalations",
     "audit",
     "data",
+    "report",
     "cache",
     "export",
 )

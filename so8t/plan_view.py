@@ -12,8 +12,8 @@ from rich.table import Table
 
 from so8t.config import Config
 from so8t.memory import MARGIN, PARTS, Plan, runs_on_gpu
+from so8t.plots import COLOURS
 from so8t.remedies import Remedy
-from so8t.report import COLOURS
 
 
 def _size(gib: float) -> str:

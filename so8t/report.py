@@ -1,134 +1,345 @@
-"""Pictures of a run, from the metrics that it logged: loss and its parts, group invariants, confusion matrices.
+"""One HTML file about a trained run, whole in itself: what was trained, how well it decides, what it gets wrong.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart and print keeps.
+Every panel takes what it needs from a `RunFolder` and names the files that it misses.
 """
 
-import csv
-import math
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import partial
 
-import matplotlib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+from so8t.calibration import Policy
+from so8t.curves import OperatingPoint, auprc_not_allow, operating_point, reliability, risk_coverage, trade_off
+from so8t.evaluation import SHOWN
+from so8t.labels import LABELS, Label
+from so8t.model import Decisions
+from so8t.page import Panel, Table, drawn, render_page
+from so8t.plots import (
+    plot_angles,
+    plot_confusion,
+    plot_group,
+    plot_losses,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_trade_off,
+)
+from so8t.run_folder import ADAPTER, CONFIG, METRICS, SETS, TENSORS, Figures, PredictedRows, RunFolder, Scores
 
-from so8t.labels import LABELS
+MISTAKES = 15
+"""Rows shown of each set."""
+LONGEST = 400
+"""Characters shown of a request."""
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-Series = dict[str, list[tuple[int, float]]]
-
-
-def read_metrics(path: Path) -> Series:
-    """The CSV logger's table by column: `[(step, value), ...]`; empty cells are passed over."""
-    series: Series = defaultdict(list)
-    if not path.is_file():
-        return series
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = int(float(row.get("step") or 0))
-            for name, cell in row.items():
-                if cell not in ("", None) and name not in ("step", "epoch"):
-                    value = float(cell)
-                    if math.isfinite(value):
-                        series[name].append((step, value))
-    return series
-
-
-def _finish(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+Interval = tuple[float, float]
 
 
-def plot_losses(series: Series, path: Path) -> Path:
-    """The total and every weighted term against optimiser steps, and each term's share."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    terms = [t for t in ("loss", "safety", "cost", "task", "pet", "inertia") if series.get(f"train/{t}")]
-    for colour, term in zip(COLOURS, terms, strict=False):
-        steps, values = zip(*series[f"train/{term}"], strict=True)
-        left.plot(steps, values, color=colour, label="total" if term == "loss" else term, lw=2 if term == "loss" else 1.2)
-        shares = series.get(f"train/share_{term}")
-        if shares:
-            steps, values = zip(*shares, strict=True)
-            right.plot(steps, [100 * v for v in values], color=colour, label=term)
-    if series.get("val/loss"):
-        steps, values = zip(*series["val/loss"], strict=True)
-        left.plot(steps, values, color="#000000", ls="--", marker="o", ms=3, label="validation, class loss")
-    left.set(xlabel="optimiser step", ylabel="loss (nats, weighted)", title="Loss and its parts", yscale="log")
-    right.set(xlabel="optimiser step", ylabel="share of the total (%)", title="Share of each term")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(fontsize=8)
-    return _finish(figure, path)
+def render(run: RunFolder) -> str:
+    """The page."""
+    return render_page("/".join(run.folder.resolve().parts[-2:]), [panel(run) for panel in PANELS])
 
 
-def plot_group(series: Series, path: Path, *, tolerance: float, tolerance_float32: float) -> Path:
-    """Worst defects over all gates, the commutator of the last gate, and how far each gate has turned."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+def _sets(run: RunFolder, panel: Panel) -> Iterable[tuple[str, PredictedRows]]:
+    """Predictions of each set by its title; the missing ones are named in the panel."""
+    for part, title in SETS.items():
+        predictions = run.predictions[part]
+        if predictions is None:
+            panel.misses(f"{part}_predictions.jsonl")
+        elif not predictions.rows:
+            panel.absent.append(f"{title}: no row was decided")
+        else:
+            yield title, predictions
 
-    def worst(kind: str) -> list[tuple[int, float]]:
-        table: dict[int, float] = {}
-        for name, points in series.items():
-            if name.startswith("group/") and name.endswith(f"/{kind}"):
-                for step, value in points:
-                    table[step] = max(table.get(step, 0.0), value)
-        return sorted(table.items())
 
-    top = 0.0
-    for colour, (kind, label) in zip(
-        COLOURS,
-        (
-            ("orthogonality", "orthogonality, float64"),
-            ("determinant", "determinant, float64"),
-            ("orthogonality_float32", "orthogonality, as applied"),
-            ("determinant_float32", "determinant, as applied"),
-        ),
-        strict=False,
-    ):
-        points = worst(kind)
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes[0].plot(steps, [max(v, 1e-18) for v in values], color=colour, label=label)
-            top = max(top, max(values))
-    axes[0].axhline(tolerance, color="#999999", ls=":", label="bar, float64")
-    axes[0].axhline(tolerance_float32, color="#999999", ls="--", label="bar, as applied")
-    axes[0].set(yscale="log", xlabel="optimiser step", ylabel="worst defect over all gates")
-    axes[0].set_title("Every gate stays in SO(8)" if top < tolerance_float32 else "A gate has left SO(8)")
-    for name, points in sorted(series.items()):
-        if name.startswith("group/") and name.endswith("/commutator_mean"):
-            steps, values = zip(*points, strict=True)
-            axes[1].plot(steps, values, label=name.split("/")[1])
-    axes[1].set(
-        xlabel="optimiser step", ylabel=r"mean $\|R_{cmd}R_{safe} - R_{safe}R_{cmd}\|_F$", title="The pair does not commute"
+def _scores(run: RunFolder, panel: Panel) -> Iterable[tuple[str, Scores]]:
+    for part, title in SETS.items():
+        scores = run.scores[part]
+        if scores is None:
+            panel.misses(f"{part}.json")
+        else:
+            yield title, scores
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not np.isfinite(value) else f"{value:.3f}"
+
+
+def _told(value: object) -> str:
+    """A setting in words."""
+    if isinstance(value, list):
+        return ", ".join(map(_told, value)) or "none"
+    return "-" if value is None else str(value)
+
+
+def _setup(run: RunFolder) -> Panel:
+    panel = Panel("setup", "What was trained on what")
+    if run.config is None:
+        panel.misses(CONFIG)
+    else:
+        settings = {
+            "base, frozen": ("base.name", "base.source", "base.quantization"),
+            "gates": ("gate.interior", "gate.top_layers", "gate.sites", "gate.last", "gate.blocks", "gate.map"),
+            "head": ("head.reads", "head.pooling", "head.standardise", "head.dropout"),
+            "loss": ("loss.cost_weight", "loss.task_weight", "pet.weight", "pet.target", "pet.path"),
+            "training": ("seed", "trainer.max_epochs", "data.batch_size", "optim.gate_lr", "optim.head_lr"),
+            "kept for the unseen set": ("data.holdout_sources",),
+        }
+        rows = [[what, "; ".join(f"{key} {_told(run.setting(key))}" for key in keys)] for what, keys in settings.items()]
+        panel.tables.append(Table("settings, from config.yaml", ["part", "settings"], rows))
+        sources = run.setting("data.sources")
+        if isinstance(sources, dict) and sources:
+            keys = ("kind", "licence", "weight")
+            table = [
+                [str(name), *(_told(source.get(key) if isinstance(source, dict) else None) for key in keys)]
+                for name, source in sources.items()
+            ]
+            panel.tables.append(Table("sources of the rows", ["source", *keys], table))
+        elif (path := run.setting("data.path")) is not None:
+            panel.tables.append(Table("sources of the rows", ["file"], [[_told(path)]]))
+    if run.trained is None:
+        panel.misses(*(name for name in (TENSORS, ADAPTER) if not (run.folder / name).is_file()))
+    else:
+        steps = max((step for points in (run.series or {}).values() for step, _ in points), default=None)
+        rows = [[f"{what}, numbers", f"{count:,}"] for what, count in run.trained.items()]
+        rows.append(["optimiser steps, last logged", _told(steps)])
+        panel.tables.append(Table("trained", ["part", ""], rows))
+    return panel
+
+
+def _with_interval(value: float | None, interval: Interval | None) -> str:
+    return _number(value) if interval is None else f"{_number(value)} [{_number(interval[0])}, {_number(interval[1])}]"
+
+
+def _exact(errors: int, rows: int) -> Interval | None:
+    """95 % interval of a rate (Clopper and Pearson 1934)."""
+    if not rows:
+        return None
+    interval = binomtest(errors, rows).proportion_ci(0.95, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def _metrics(run: RunFolder) -> Panel:
+    panel = Panel(
+        "metrics",
+        "How well it decides",
+        "Brackets are 95 % intervals: of macro-F1 by bootstrap over rows, of SO8T's rates exact (Clopper and Pearson). They "
+        "speak of other rows from the same sources. Baselines were fitted on the same training rows; what a constant answer "
+        "reaches is no score. AUPRC is the average precision of 'not ALLOW', AURC the mean error rate over all coverages.",
     )
-    angles = sorted(n for n in series if n.startswith("group/") and n.endswith("/angle"))
-    for k, name in enumerate(angles):
-        steps, values = zip(*series[name], strict=True)
-        axes[2].plot(steps, values, color=COLOURS[k % 8], ls=("-", "--", ":")[k // 8 % 3], label=name.split("/")[1])
-    axes[2].set(xlabel="optimiser step", ylabel=r"largest $\|R - I\|_F$ of a block", title="How far each gate turns")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    return _finish(figure, path)
+    for title, scores in _scores(run, panel):
+        allow = sum(scores.confusion[Label.ALLOW])
+        risky = sum(sum(row) for row in scores.confusion) - allow
+        wrong = sum(row[Label.ALLOW] for row in scores.confusion) - scores.confusion[Label.ALLOW][Label.ALLOW]
+        refused = allow - scores.confusion[Label.ALLOW][Label.ALLOW]
+        exact = {"false_allow_rate": _exact(wrong, risky), "over_refusal_rate": _exact(refused, allow)}
+
+        def cells(who: str, figures: Figures, own: dict[str, Interval | None], scores: Scores = scores) -> list[str]:
+            intervals = {"macro_f1": scores.macro_f1_95.get(who), **own}
+            return [who, *(_with_interval(figures.get(key), intervals.get(key)) for key, _ in SHOWN)]
+
+        rows = [cells("SO8T", scores.metrics, exact)]
+        rows += [cells(who, figures, {}) for who, figures in scores.baselines.items()]
+        heads = [head for _, head in SHOWN]
+        counted = {key: int(scores.metrics.get(key) or 0) for key in ("rows", "failures", "unsure")}
+        about = f"{title}: {counted['rows']} rows, {counted['failures']} failures (not counted), {counted['unsure']} unsure"
+        panel.tables.append(Table(about, ["classifier", *heads], rows))
+        names = list(next(iter(scores.by_source.values()), {}))
+        panel.tables.append(
+            Table(
+                f"{title}, by source: accuracy of each classifier, and SO8T's rates",
+                ["source", "rows", *names, "false allow", "over-refusal"],
+                [
+                    [
+                        source,
+                        str(int(table.get("SO8T", {}).get("rows") or 0)),
+                        *(_number(table.get(who, {}).get("accuracy")) for who in names),
+                        *(_number(table.get("SO8T", {}).get(key)) for key in ("false_allow_rate", "over_refusal_rate")),
+                    ]
+                    for source, table in scores.by_source.items()
+                ],
+            )
+        )
+    curves = []
+    for title, told in _sets(run, panel):
+        risk = risk_coverage(told.probabilities, told.labels)
+        share = float((told.labels != Label.ALLOW).mean())
+        auprc = auprc_not_allow(told.probabilities, told.labels)
+        curves.append([title, _number(auprc), _number(share), _number(risk.aurc if risk else None)])
+    if curves:
+        head = ["set", "AUPRC of 'not ALLOW'", "share of such rows (AUPRC by chance)", "AURC"]
+        panel.tables.append(Table("SO8T over all thresholds, from the predictions", head, curves))
+    return panel
 
 
-def plot_confusion(confusion: list[list[int]], title: str, path: Path) -> Path:
-    """Rows are labels, columns decisions; colour is the share of the row."""
-    figure, axis = plt.subplots(figsize=(4.8, 4.2))
-    sums = [max(1, sum(row)) for row in confusion]
-    image = axis.imshow([[v / s for v in row] for row, s in zip(confusion, sums, strict=True)], cmap="cividis", vmin=0, vmax=1)
-    for i, row in enumerate(confusion):
-        for j, value in enumerate(row):
-            dark = value / sums[i] < 0.5
-            axis.text(j, i, f"{value}\n{value / sums[i]:.0%}", ha="center", va="center", color="white" if dark else "black")
-    axis.set_xticks(range(len(LABELS)), LABELS)
-    axis.set_yticks(range(len(LABELS)), LABELS)
-    axis.set(xlabel="decision", ylabel="label", title=title)
-    figure.colorbar(image, label="share of the label's rows", shrink=0.8)
-    return _finish(figure, path)
+def _confusion(run: RunFolder) -> Panel:
+    panel = Panel("confusion", "Confusion matrices")
+    for title, scores in _scores(run, panel):
+        heading = f"{title}: macro-F1 {_number(scores.metrics.get('macro_f1'))}"
+        plot = partial(plot_confusion, scores.confusion, heading)
+        panel.pictures.append(drawn(f"Confusion matrix, {title}: {scores.confusion}, labels by decisions", plot))
+    return panel
+
+
+def _reliability(run: RunFolder) -> Panel:
+    panel = Panel(
+        "reliability",
+        "Reliability",
+        "How often the most probable label is right, by how probable it was said to be. Bars under the dashed line: too sure.",
+    )
+    for title, told in _sets(run, panel):
+        bins = reliability(told.probabilities, told.labels)
+        plot = partial(plot_reliability, bins, title)
+        panel.pictures.append(drawn(f"Reliability diagram, {title}: ECE {bins.error:.3f}", plot))
+    return panel
+
+
+def _trade_off(run: RunFolder) -> Panel:
+    panel = Panel(
+        "trade-off",
+        "False allow against over-refusal",
+        "The curve moves one threshold on P(ALLOW). Marks are ways of deciding: as in the predictions' file and, after "
+        "so8t calibrate, by the policy, which looks at more than P(ALLOW), so that marks may lie beside the curve.",
+    )
+    curves, points = {}, {}
+    for title, told in _sets(run, panel):
+        curve = trade_off(told.probabilities, told.labels)
+        if curve is None:
+            panel.absent.append(f"{title}: needs rows labelled ALLOW and others, and one kind is missing")
+            continue
+        allowed = {"as decided": told.decisions == Label.ALLOW}
+        if run.policy is not None:
+            allowed["by the policy"] = _by_policy(run.policy, told)
+        marks = {how: operating_point(given, told.labels) for how, given in allowed.items()}
+        curves[title] = curve
+        points[title] = {how: point for how, point in marks.items() if isinstance(point, OperatingPoint)}
+    if curves:
+        panel.pictures.append(
+            drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points))
+        )
+        rows = [
+            [title, how, _number(point.false_allow), _number(point.over_refusal)]
+            for title, marks in points.items()
+            for how, point in marks.items()
+        ]
+        panel.tables.append(Table("operating points", ["set", "decided", "false allow", "over-refusal"], rows))
+    return panel
+
+
+def _by_policy(policy: Policy, told: PredictedRows) -> NDArray[np.bool_]:
+    """Which rows a policy allows: `[N]`."""
+    no = torch.zeros(len(told.rows), dtype=torch.bool)
+    unsure = torch.tensor([row.unsure for row in told.rows])
+    decided = Decisions(torch.from_numpy(told.probabilities), torch.from_numpy(told.decisions), no, unsure)
+    return np.asarray(policy.apply(decided).labels == Label.ALLOW)
+
+
+def _risk_coverage(run: RunFolder) -> Panel:
+    panel = Panel(
+        "risk-coverage",
+        "Risk and coverage",
+        "The error rate if only the most confident rows are decided and the others go to a person (Geifman and El-Yaniv 2017). "
+        "The dotted line is the error rate over all rows.",
+    )
+    curves = {}
+    for title, told in _sets(run, panel):
+        curve = risk_coverage(told.probabilities, told.labels)
+        if curve is not None:
+            curves[title] = curve
+    if curves:
+        panel.pictures.append(drawn("Error rate against coverage", partial(plot_risk_coverage, curves)))
+    return panel
+
+
+def _group(run: RunFolder) -> Panel:
+    panel = Panel("group", "Group invariants over training", "Defects of orthogonality and determinant over all gates.")
+    if run.series is None:
+        panel.misses(METRICS)
+        return panel
+    if not any(name.startswith("group/") for name in run.series):
+        panel.absent.append(f"{METRICS} has no group invariants: the run was trained without callbacks.group, or without gates")
+        return panel
+    bars = []
+    for key, default in (("tolerance", 1e-12), ("tolerance_float32", 5e-6)):
+        value = run.setting(f"callbacks.group.{key}")
+        bars.append(float(value) if isinstance(value, int | float) else default)
+    plot = partial(plot_group, run.series, tolerance=bars[0], tolerance_float32=bars[1])
+    panel.pictures.append(drawn("Defects, commutator and angles of the gates against optimiser steps", plot, wide=True))
+    return panel
+
+
+def _losses(run: RunFolder) -> Panel:
+    panel = Panel("losses", "Loss, its parts and PET's share")
+    if run.series is None:
+        panel.misses(METRICS)
+        return panel
+    if not run.series.get("train/loss"):
+        panel.absent.append(f"{METRICS} has no losses: the run logged no training step")
+        return panel
+    panel.pictures.append(drawn("Loss and its parts against optimiser steps", partial(plot_losses, run.series), wide=True))
+    shares = [value for _, value in run.series.get("train/share_pet", [])]
+    if shares:
+        panel.note = (
+            f"PET's share of the loss: {shares[-1]:.1%} at the last logged step, {max(shares):.1%} at most; "
+            f"pet.max_share is {_told(run.setting('pet.max_share'))} (of the safety part)."
+        )
+    return panel
+
+
+def _gates(run: RunFolder) -> Panel:
+    panel = Panel(
+        "gates",
+        "How far each gate turns",
+        "The distance of each rotation from the identity in the saved adapter; 0 leaves its block as it was.",
+    )
+    if run.angles is None:
+        panel.misses(*(name for name in (TENSORS, ADAPTER) if not (run.folder / name).is_file()))
+    elif not run.angles:
+        panel.absent.append(f"{TENSORS} has no gates")
+    else:
+        panel.pictures.append(
+            drawn("Distance from the identity by gate and block", partial(plot_angles, run.angles), wide=True)
+        )
+        rows = [
+            [name, str(len(values)), *(f"{value:.4f}" for value in (values.mean(), values.min(), values.max()))]
+            for name, values in run.angles.items()
+        ]
+        panel.tables.append(Table("distance from the identity", ["gate", "blocks", "mean", "least", "most"], rows))
+    return panel
+
+
+def _mistakes(run: RunFolder) -> Panel:
+    panel = Panel(
+        "mistakes",
+        "The worst mistakes",
+        f"Rows that were decided wrongly, those with the most probable wrong decision first; at most {MISTAKES} of each set. "
+        "Requests are shown as they are in the data, and some are offensive.",
+    )
+    for title, told in _sets(run, panel):
+        wrong = np.flatnonzero(told.decisions != told.labels)
+        sure = told.probabilities[wrong, told.decisions[wrong]]
+        worst = wrong[np.argsort(-sure, kind="stable")][:MISTAKES]
+        rows = []
+        for row in (told.rows[i] for i in worst):
+            request = row.user_request if len(row.user_request) <= LONGEST else row.user_request[:LONGEST] + "…"
+            shares = [f"{row.probabilities[name]:.3f}" for name in ("ALLOW", "ESCALATE", "REFUSE")]
+            rows.append([request, row.source, row.safety_label, row.decision, *shares])
+        head = ["request", "source", "label", "decision", *(f"P({name})" for name in LABELS)]
+        panel.tables.append(Table(f"{title}: {len(wrong)} of {len(told.rows)} rows decided wrongly", head, rows, texts=True))
+    return panel
+
+
+PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
+    _setup,
+    _metrics,
+    _confusion,
+    _reliability,
+    _trade_off,
+    _risk_coverage,
+    _group,
+    _losses,
+    _gates,
+    _mistakes,
+)
+"""In the order of the page."""

@@ -34,8 +34,8 @@ from so8t.lightning_module import SO8TModule
 from so8t.memory import GIB, plan
 from so8t.model import SO8TModel
 from so8t.plan_view import advice, subject, verdict
+from so8t.plots import plot_confusion, plot_group, plot_losses, read_metrics
 from so8t.remedies import remedies
-from so8t.report import plot_confusion, plot_group, plot_losses, read_metrics
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,57 @@
+"""A page of panels: pictures and tables of texts, written as one HTML file by jinja2. It knows nothing about runs."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG inside the page; a `wide` one scrolls sideways on a telephone."""
+
+    alt: str
+    base64: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `texts`: the first column holds whole requests."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    texts: bool = False
+
+
+@dataclass
+class Panel:
+    """One part of the page."""
+
+    key: str
+    title: str
+    note: str = ""
+    absent: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    def misses(self, *files: str) -> None:
+        """Names files that are not in the folder."""
+        self.absent += [f"not in the run's folder, so not shown: {name}" for name in files]
+
+
+def drawn(alt: str, plot: Callable[[BytesIO], None], *, wide: bool = False) -> Picture:
+    """Draws into memory; `plot` writes a PNG to what it is given."""
+    memory = BytesIO()
+    plot(memory)
+    return Picture(alt, base64.b64encode(memory.getvalue()).decode("ascii"), wide)
+
+
+def render_page(name: str, panels: list[Panel]) -> str:
+    """The HTML. Every text is escaped, there is no script, and nothing is loaded from elsewhere."""
+    loader = PackageLoader("so8t", "templates")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("report.html").render(name=name, panels=panels)

@@ -1,0 +1,205 @@
+"""What a run's folder holds, read and checked: figures, predictions, gates. A file that is not there is `None` and is named."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from so8t.calibration import Policy, load_policy
+from so8t.curves import Floats, Integers
+from so8t.errors import ArtefactError
+from so8t.gates import matrix_angle
+from so8t.labels import LABELS, Label
+from so8t.plots import Series, read_metrics
+from so8t.so8 import MAPS
+
+CONFIG, METRICS, TENSORS, ADAPTER = "config.yaml", "csv/metrics.csv", "adapter/adapter.safetensors", "adapter/adapter.json"
+SETS = {"test": "mixed test split", "unseen": "unseen sources"}
+"""The two sets that a run is evaluated on, by the names of their files."""
+
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`test.json` or `unseen.json`, as `so8t.evaluation` writes it."""
+
+    metrics: Figures
+    confusion: list[list[int]]
+    macro_f1_95: dict[str, tuple[float, float] | None]
+    baselines: dict[str, Figures]
+    by_source: dict[str, dict[str, Figures]]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One line of the predictions."""
+
+    user_request: str
+    decision: Literal["ALLOW", "ESCALATE", "REFUSE"]
+    probabilities: dict[Literal["ALLOW", "ESCALATE", "REFUSE"], float]
+    safety_label: Literal["ALLOW", "ESCALATE", "REFUSE"]
+    source: str
+    failure: str = ""
+    unsure: bool = False
+
+
+@dataclass(frozen=True)
+class PredictedRows:
+    """Rows that did not fail, in the file's order; `probabilities` `[N, 3]`, `labels` and `decisions` `[N]`."""
+
+    rows: list[Predicted]
+    failures: int
+    probabilities: Floats = field(init=False)
+    labels: Integers = field(init=False)
+    decisions: Integers = field(init=False)
+
+    def __post_init__(self) -> None:
+        table = [[row.probabilities[name] for name in ("ALLOW", "ESCALATE", "REFUSE")] for row in self.rows]
+        object.__setattr__(self, "probabilities", np.array(table, dtype=np.float64).reshape(-1, len(LABELS)))
+        for name, values in (
+            ("labels", [Label[row.safety_label] for row in self.rows]),
+            ("decisions", [Label[row.decision] for row in self.rows]),
+        ):
+            object.__setattr__(self, name, np.array(values, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """All that a report can tell of."""
+
+    folder: Path
+    config: dict[str, object] | None
+    series: Series | None
+    scores: dict[str, Scores | None]
+    predictions: dict[str, PredictedRows | None]
+    angles: dict[str, Floats] | None
+    trained: dict[str, int] | None
+    policy: Policy | None
+
+    def setting(self, key: str) -> object:
+        """The value of a dotted key of `config.yaml`, `None` where it has none."""
+        value: object = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Reads everything; files that were left out of the folder are `None`.
+
+    Raises:
+        ArtefactError: the folder is not a run's, or a file in it is damaged.
+    """
+    known = [CONFIG, METRICS, TENSORS, *(f"{part}{tail}" for part in SETS for tail in (".json", "_predictions.jsonl"))]
+    if not any((folder / name).is_file() for name in known):
+        raise ArtefactError(
+            f"{folder}: not a run's folder, none of {', '.join(known)} is in it; give one such as outputs/<date>/<time>"
+        )
+    angles, trained = _gates(folder)
+    return RunFolder(
+        folder=folder,
+        config=_config(folder / CONFIG),
+        series=_series(folder / METRICS),
+        scores={part: _scores(folder / f"{part}.json") for part in SETS},
+        predictions={part: _predictions(folder / f"{part}_predictions.jsonl") for part in SETS},
+        angles=angles,
+        trained=trained,
+        policy=load_policy(folder / "adapter") if (folder / TENSORS).is_file() else None,
+    )
+
+
+def _damaged(path: Path, error: Exception, line: int | None = None) -> ArtefactError:
+    where = f"{path}:{line}" if line else str(path)
+    return ArtefactError(
+        f"{where}: is damaged: {'; '.join(str(error).splitlines()[:3])}; mend it, or move it out of the folder"
+    )
+
+
+def _config(path: Path) -> dict[str, object] | None:
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(dict[str, object]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, yaml.YAMLError) as error:
+        raise _damaged(path, error) from None
+
+
+def _series(path: Path) -> Series | None:
+    if not path.is_file():
+        return None
+    try:
+        return read_metrics(path)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _scores(path: Path) -> Scores | None:
+    if not path.is_file():
+        return None
+    try:
+        scores = TypeAdapter(Scores).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+    if len(scores.confusion) != len(LABELS) or any(len(row) != len(LABELS) for row in scores.confusion):
+        raise _damaged(path, ValueError(f"confusion is not {len(LABELS)} rows of {len(LABELS)}"))
+    return scores
+
+
+def _predictions(path: Path) -> PredictedRows | None:
+    if not path.is_file():
+        return None
+    adapter = TypeAdapter(Predicted)
+    rows: list[Predicted] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                row = adapter.validate_json(line)
+            except ValidationError as error:
+                raise _damaged(path, error, number) from None
+            if len(row.probabilities) != len(LABELS):
+                raise _damaged(path, ValueError(f"probabilities of {len(row.probabilities)} labels, not {len(LABELS)}"), number)
+            if not row.failure and not all(0 <= p <= 1 for p in row.probabilities.values()):
+                raise _damaged(path, ValueError("a probability is not between 0 and 1"), number)
+            rows.append(row)
+    kept = [row for row in rows if not row.failure]
+    return PredictedRows(kept, len(rows) - len(kept))
+
+
+def _gates(folder: Path) -> tuple[dict[str, Floats] | None, dict[str, int] | None]:
+    """`||R - I||_F` of every block by gate, `[blocks]`, and how many numbers were trained, by part; needs no base."""
+    path = folder / TENSORS
+    if not path.is_file() or not (folder / ADAPTER).is_file():
+        return None, None
+    try:
+        told = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        to_rotation = MAPS[told["gate"]["map"]]
+        tensors = load(path.read_bytes())
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _damaged(path.parent, error) from None
+    angles: dict[str, Floats] = {}
+    trained = {"R_safe": 0, "R_cmd": 0, "head": 0}
+    for name, tensor in sorted(tensors.items(), key=lambda item: _by_depth(item[0])):
+        if found := re.fullmatch(r"gates\.([\w.]+)\.(safe|cmd)\.coords", name):
+            angles[f"{found[1]} {found[2]}".removeprefix("interior.")] = matrix_angle(to_rotation(tensor)).numpy()
+            trained[f"R_{found[2]}"] += tensor.numel()
+        elif name.startswith("head.") and name not in ("head.shift", "head.scale"):  # those two are measured, not trained
+            trained["head"] += tensor.numel()
+    return angles, trained
+
+
+def _by_depth(name: str) -> tuple[int, str]:
+    """Gates of deeper layers after those of shallower ones, the last gate at the end."""
+    layer = re.search(r"\.(\d+)_", name)
+    return (int(layer[1]) if layer else torch.iinfo(torch.int32).max, name)
+
+
+__all__ = ["ADAPTER", "CONFIG", "METRICS", "SETS", "TENSORS", "PredictedRows", "RunFolder", "Scores", "read_run"]
