@@ -45,7 +45,7 @@ class Rule:
             return True
         value = row.get(self.field)
         values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        return any(v in self.equals or v.startswith(self.startswith or ("\0",)) for v in values)
+        return any(v in self.equals or v.startswith(self.startswith) for v in values)
 
 
 @spec
