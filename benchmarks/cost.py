@@ -10,16 +10,16 @@ timed forward and backward at [1, 2048, 3584] in bfloat16 and float32; its floor
 """
 
 import argparse
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gates import RESULTS, ROOT, composed, machine
+from benchmarks.gates import ROOT, composed, machine, result_file
 from benchmarks.peers import Contender, clock
 from so8t.base import load_base
 from so8t.config import Config, validate
@@ -85,9 +85,8 @@ def main() -> None:
     console = Console()
     plain = validate(composed(args.overrides, ROOT / "outputs"))
     device = device_of(plain)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu_{platform.machine()}"
     out = {
-        "machine": machine() if device.type == "cpu" else place,
+        "machine": machine(device),
         "rotate": rotation_times(device),
         "by_layers": [{"layers": k, **step_times(args.overrides, k, 128)} for k in args.layers],
         "by_length": [{"length": n, **step_times(args.overrides, plain.gate.top_layers, n)} for n in args.lengths],
@@ -95,7 +94,7 @@ def main() -> None:
         "planned_by_length": [{"length": n, "gib": planned_gib(f"data.max_length={n}")} for n in (256, 512, 1024, 2048, 4096)],
         "planned_by_base": [{"base": name, "gib": planned_gib(f"base={name}")} for name in reversed(NAMED)],
     }
-    file = RESULTS / f"cost_{'_'.join(place.lower().split())}.json"
+    file = result_file("cost", device)
     write_json(file, out)
     table = Table(title=f"rotate at {list(SHAPE)}; {out['machine']}", title_justify="left")
     for column in ("dtype", "copy (ms)", "forward (ms)", "of a copy", "forward and backward (ms)"):
@@ -112,11 +111,11 @@ def main() -> None:
     plot(out, file.with_suffix(".png"))
 
 
-def plot(out: dict, path: object) -> None:
+def plot(out: dict, path: Path) -> None:
     """Time above, planned memory below."""
     import matplotlib.pyplot as plt
 
-    from so8t.plots import COLOURS
+    from so8t.plots import COLOURS, finish
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4))
     for axis, (key, x, name) in zip(
@@ -140,9 +139,7 @@ def plot(out: dict, path: object) -> None:
         axis.set_title("Qwen2.5-7B, +hw=rtx3060: planned memory")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, path)
 
 
 if __name__ == "__main__":

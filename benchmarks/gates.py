@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("macro_f1", "false_allow_rate", "over_refusal_rate", "accuracy")
 
+CPU = torch.device("cpu")
+
 PEERS = {
     "gates": Peer("SO(8) gates"),
     "none": Peer("same head,\nno gates", NO_GATES),
@@ -45,9 +47,17 @@ PEERS = {
 }
 
 
-def machine() -> str:
+def machine(device: torch.device = CPU) -> str:
     """What the figures were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {platform.python_version()}, torch {torch.__version__}"
+
+
+def result_file(name: str, device: torch.device) -> Path:
+    """Where a machine's figures go: one file a kind of device."""
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu_{platform.machine()}"
+    return RESULTS / f"{name}_{'_'.join(place.lower().split())}.json"
 
 
 def composed(overrides: list[str], folder: Path) -> DictConfig:
@@ -202,7 +212,7 @@ def report(out: dict, console: Console, picture: Path) -> None:
 def plot(out: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    from so8t.plots import COLOURS
+    from so8t.plots import COLOURS, finish
 
     variants = list(dict.fromkeys(run["variant"] for run in out["runs"]))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
@@ -219,9 +229,7 @@ def plot(out: dict, path: Path) -> None:
         axis.set(title=title, ylim=(0, 1))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("macro-F1 (dots: seeds)")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    finish(figure, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ are not tuned. Writes `results/peers_<machine>.json` after each part, and `resul
 import argparse
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,12 +28,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from benchmarks.adapters import ADAPTER_RATE, NO_GATES, AdaptedModule, Peer, lora, oft
-from benchmarks.gates import RESULTS, ROOT, baseline_figures, composed, machine, made, one_run, spread
+from benchmarks.gates import ROOT, baseline_figures, composed, machine, made, one_run, result_file, spread
 from benchmarks.memory import allocated, held
-from so8t.base import SplitBase, compute_dtype, stored_tensors
+from so8t.base import stored_tensors
+from so8t.blank import blank_base
 from so8t.config import Config, validate
 from so8t.console import quieten, reported
 from so8t.data.cache import PrefixCache
@@ -44,7 +43,6 @@ from so8t.files import write_json
 from so8t.lightning_module import SO8TModule
 from so8t.memory import GIB, longest_batch
 from so8t.model import SO8TModel
-from so8t.placement import placement, settle
 from so8t.shapes import NAMED, base_config
 from so8t.training import device_of, load_data
 
@@ -92,42 +90,28 @@ class Contender:
         return held([*weights, *dense, *module.parameters(), *module.buffers(), *averages])
 
 
-def random_base(config: Config, device: torch.device) -> SplitBase:
-    """A base of the configured shape with random weights in NF4, in bitsandbytes' own layers, as PEFT wants them."""
-    spec, shape = config.base, base_config(config.base)
-    dtype = compute_dtype(spec, device)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            has_bias = module.bias is not None
-            linear = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, has_bias, compute_dtype=dtype,
-                compress_statistics=spec.double_quantization, quant_type="nf4", device="meta",
-            )  # fmt: skip
-            random = torch.randn(module.out_features, module.in_features, dtype=dtype, device=device) * 0.02
-            linear.weight = bnb.nn.Params4bit(
-                random, requires_grad=False, compress_statistics=spec.double_quantization, quant_type="nf4", module=linear
-            ).to(device)
-            if has_bias:
-                linear.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=device), requires_grad=False)
-            model.set_submodule(name, linear)
-            continue
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            filled = torch.empty_like(parameter, device=device).normal_(std=0.02)
-            setattr(module, key, nn.Parameter(filled, requires_grad=False))
-    with device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(shape)
-    base = SplitBase(spec, model.requires_grad_(False), None, config.gate.top_layers)
-    on_gpu = device.type == "cuda"
-    where = placement(on_gpu=on_gpu, tied=bool(shape.tie_word_embeddings), quantize_head=False, with_head=False)
-    settle(model, where, lambda weight: nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-    return base
+def random_linear(
+    width: int, rows: int, *, bias: bool, dtype: torch.dtype, double: bool, device: torch.device
+) -> bnb.nn.Linear4bit:
+    """Random weights in NF4, in bitsandbytes' own layer, as PEFT wants it."""
+    layer = bnb.nn.Linear4bit(
+        width, rows, bias, compute_dtype=dtype, compress_statistics=double, quant_type="nf4", device="meta"
+    )
+    weight = torch.randn(rows, width, dtype=dtype, device=device) * 0.02
+    layer.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=double, quant_type="nf4", module=layer
+    ).to(device)
+    if bias:
+        layer.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False)
+    return layer
 
 
 def shaped(peer: Peer, config: Config, device: torch.device) -> SO8TModule:
     """The peer's module on random weights; the cache is in memory."""
-    base = random_base(config, device)
+    shape, cut = base_config(config.base), config.gate.top_layers
+    base = blank_base(
+        config.base, shape, cut=cut, device=device, on_gpu=device.type == "cuda", with_head=False, linear=random_linear
+    )
     base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
     model = SO8TModel(base, config.gate, config.head)
     kind = SO8TModule if peer.adapter is None else AdaptedModule
@@ -146,8 +130,12 @@ def contender(peer: Peer, make: Callable[[Peer, Config], SO8TModule], overrides:
 
 
 def configured(peer: Peer, overrides: list[str]) -> Config:
-    depth = base_config(validate(composed(overrides, ROOT / "outputs")).base).num_hidden_layers
-    return validate(composed([*overrides, *peer.settings(depth)], ROOT / "outputs"))
+    return validate(composed([*overrides, *peer.settings(depth_of(overrides))], ROOT / "outputs"))
+
+
+def depth_of(overrides: list[str]) -> int:
+    """Layers of the configured base."""
+    return base_config(validate(composed(overrides, ROOT / "outputs")).base).num_hidden_layers
 
 
 def clock(run: Callable[[], None], device: torch.device) -> float:
@@ -237,10 +225,8 @@ def main() -> None:
     overrides = [*args.overrides, *([f"base={args.shape}", "base.quantization=nf4"] if args.shape else [])]
     plain = validate(composed(overrides, ROOT / "outputs"))
     device = device_of(plain)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu_{platform.machine()}"
-    label = "_".join([*place.lower().split(), *([args.shape] if args.shape else [])])
-    file = RESULTS / f"peers_{label}.json"
-    out = {"machine": machine() if device.type == "cpu" else place, "overrides": args.overrides, "runs": []}
+    file = result_file(f"peers_{args.shape}" if args.shape else "peers", device)
+    out = {"machine": machine(device), "overrides": args.overrides, "runs": []}
     if args.keep:
         out = json.loads(file.read_text(encoding="utf-8"))
     elif args.shape:
@@ -274,7 +260,7 @@ def quality(out: dict, args: argparse.Namespace, overrides: list[str], file: Pat
     if args.equal_time:
         by_time = {name: steps_in(budget, name, out["measured"], out["per_epoch"]) for name in args.peers}
         wanted.append((f"{budget:.0f} s", by_time))
-    depth = base_config(validate(composed(overrides, ROOT / "outputs")).base).num_hidden_layers
+    depth = depth_of(overrides)
     for terms, steps in wanted:
         for seed in args.seeds:
             for name, peer in PEERS.items():
@@ -319,7 +305,7 @@ def report(out: dict, console: Console) -> None:
         for name, peer in PEERS.items():
             runs = [r for r in out["runs"] if r["variant"] == name and r["terms"] == terms]
             if runs:
-                figures = [(("test", "macro_f1")), ("unseen", "macro_f1"), ("test", "false_allow_rate")]
+                figures = [("test", "macro_f1"), ("unseen", "macro_f1"), ("test", "false_allow_rate")]
                 cells = [spread([r[part][key] for r in runs]) for part, key in figures]
                 table.add_row(peer.title, f"{terms} ({runs[0]['steps']:,} steps)", str(len(runs)), *cells)
     for name, figures in out["baselines"].items():
@@ -331,7 +317,7 @@ def plot(out: dict, path: Path) -> None:
     """Step time and peak memory, side by side."""
     import matplotlib.pyplot as plt
 
-    from so8t.plots import COLOURS
+    from so8t.plots import COLOURS, finish
 
     names = list(out["measured"])
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
@@ -347,9 +333,7 @@ def plot(out: dict, path: Path) -> None:
         axis.set(xlabel=unit, title=title, xlim=(0, 1.15 * max(values)))
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, path)
 
 
 if __name__ == "__main__":

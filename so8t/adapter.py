@@ -27,6 +27,9 @@ from so8t.specs import PositiveInt, spec
 
 FORMAT = 2
 
+REPETITION_PENALTY = 1.1
+"""A small base that answers greedily goes round in circles without one."""
+
 
 @spec
 class TemplateSpec:
@@ -92,7 +95,7 @@ class Agent:
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                repetition_penalty=1.1,
+                repetition_penalty=REPETITION_PENALTY,
                 pad_token_id=tokenizer.pad_token_id,
             )
         return str(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)).strip()

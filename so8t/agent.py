@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from so8t.adapter import Agent
+from so8t.adapter import REPETITION_PENALTY, Agent
 from so8t.audit import AuditLog
 from so8t.calibration import adapter_digest
 from so8t.errors import SO8TError
@@ -23,9 +23,6 @@ from so8t.escalations import EscalationQueue
 from so8t.labels import FAIL_CLOSED, LABELS, Label
 
 log = logging.getLogger(__name__)
-
-REPETITION_PENALTY = 1.1
-"""A small base that answers greedily goes round in circles without one."""
 
 SPOKEN = {
     Label.ESCALATE: "This is for a person to decide. I have not answered it{number}.",

@@ -21,6 +21,8 @@ FIRST = "0" * 64
 """What stands for the hash before the first line."""
 
 MAX_BYTES = 64 * 2**20
+TAIL_BYTES = 64 * 2**10
+"""What is read at once in search of the last line: one is a kilobyte or less, but for kept texts."""
 
 
 def digest_of(entry: Mapping[str, object]) -> str:
@@ -79,17 +81,31 @@ class AuditLog:
             return self._seen
         _set_torn_aside(found[-1])
         for path in reversed(found):  # the newest file may have held nothing but a torn line
-            lines = path.read_bytes().splitlines()
-            if lines:
+            line = _last_line(path).rstrip(b"\n")
+            if line:
                 try:
-                    last = json.loads(lines[-1])
+                    last = json.loads(line)
                     return found[-1], found[-1].stat().st_size, str(last["hash"]), int(last["number"])
                 except (ValueError, KeyError, TypeError):
+                    with path.open("rb") as file:
+                        number = sum(1 for _ in file)
                     raise ArtefactError(
-                        f"{path}:{len(lines)}: the last line of the audit log is damaged: look at it with `so8t audit verify`, "
+                        f"{path}:{number}: the last line of the audit log is damaged: look at it with `so8t audit verify`, "
                         "move the folder aside and begin a new one"
                     ) from None
         return found[-1], 0, FIRST, 0
+
+
+def _last_line(path: Path) -> bytes:
+    """What follows the last line end but the one that ends the file; reads no more of the file than that needs."""
+    with path.open("rb") as file:
+        begin, tail = file.seek(0, os.SEEK_END), b""
+        while begin and b"\n" not in tail[:-1]:
+            step = min(begin, TAIL_BYTES)
+            begin -= step
+            file.seek(begin)
+            tail = file.read(step) + tail
+    return tail[tail.rfind(b"\n", 0, -1) + 1 :]
 
 
 def _following(path: Path) -> Path:
@@ -106,14 +122,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _set_torn_aside(path: Path) -> None:
     """A last line without its end goes into a file of its own; what is before it stays as it is."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole == len(data):
+    torn = _last_line(path)
+    if not torn or torn.endswith(b"\n"):
         return
-    torn = path.with_name(f"{path.stem}.torn-{time.time_ns()}")
-    torn.write_bytes(data[whole:])
+    path.with_name(f"{path.stem}.torn-{time.time_ns()}").write_bytes(torn)
     with path.open("r+b") as file:
-        file.truncate(whole)
+        file.truncate(path.stat().st_size - len(torn))
         file.flush()
         os.fsync(file.fileno())
 

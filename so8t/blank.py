@@ -4,7 +4,7 @@ Built from a configuration alone. On the `meta` device it costs nothing and is w
 what `benchmarks/memory.py` measures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -63,16 +63,24 @@ class PackedLinear(nn.Module):
 
 
 def blank_base(
-    spec: BaseSpec, config: PreTrainedConfig, *, cut: int, device: torch.device, on_gpu: bool, with_head: bool
+    spec: BaseSpec,
+    config: PreTrainedConfig,
+    *,
+    cut: int,
+    device: torch.device,
+    on_gpu: bool,
+    with_head: bool,
+    linear: Callable[..., nn.Module] = PackedLinear,
 ) -> SplitBase:
-    """A `SplitBase` of this shape with arbitrary weights, placed as `load_base` places it; it has no tokenizer.
+    """A `SplitBase` of this shape with arbitrary weights, placed as `load_base` places it; it has no tokenizer. `linear` makes
+    its 4-bit layers, from what `PackedLinear` takes.
 
     Raises:
         BaseModelError: `cut` is more than the layers there are.
         GroupError: the hidden size is not a multiple of 8.
     """
     dtype = compute_dtype(spec, torch.device("cuda" if on_gpu else "cpu"))
-    packed = partial(PackedLinear, dtype=dtype, double=spec.double_quantization, device=device)
+    packed = partial(linear, dtype=dtype, double=spec.double_quantization, device=device)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     tied = bool(config.tie_word_embeddings)

@@ -153,11 +153,12 @@ def predict(
         out.decisions[rows] = decisions.labels.cpu()
         out.failed[rows] = decisions.failed.cpu()
         out.unsure[rows] = decisions.unsure.cpu()
-        streamed = along(result.logits.cpu(), batch.path, min_confidence=model.head.spec.min_confidence)
+        logits = result.logits.cpu()
+        streamed = along(logits, batch.path, min_confidence=model.head.spec.min_confidence)
         out.stream.tokens[rows] = streamed.tokens
         out.stream.detection[rows] = streamed.detection
         out.stream.alarms[rows] = streamed.alarms
-        restless, changes = flicker(result.logits.cpu(), batch.path)
+        restless, changes = flicker(logits, batch.path)
         out.flicker[rows] = restless
         out.changes[rows] = changes
     return out

@@ -42,7 +42,8 @@ def read_metrics(path: Path) -> Series:
     return series
 
 
-def _finish(figure: Figure, to: Target) -> None:
+def finish(figure: Figure, to: Target) -> None:
+    """Lays out, writes the PNG and forgets the figure."""
     if isinstance(to, Path):
         to.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
@@ -70,7 +71,7 @@ def plot_losses(series: Series, to: Target) -> None:
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=8)
-    _finish(figure, to)
+    finish(figure, to)
 
 
 def plot_group(series: Series, to: Target, *, tolerance: float, tolerance_float32: float) -> None:
@@ -121,7 +122,7 @@ def plot_group(series: Series, to: Target, *, tolerance: float, tolerance_float3
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    _finish(figure, to)
+    finish(figure, to)
 
 
 def plot_confusion(confusion: list[list[int]], title: str, to: Target) -> None:
@@ -137,7 +138,7 @@ def plot_confusion(confusion: list[list[int]], title: str, to: Target) -> None:
     axis.set_yticks(range(len(LABELS)), LABELS)
     axis.set(xlabel="decision", ylabel="label", title=title)
     figure.colorbar(image, label="share of the label's rows", shrink=0.8)
-    _finish(figure, to)
+    finish(figure, to)
 
 
 def plot_trade_off(curves: Mapping[str, TradeOff], points: Mapping[str, Mapping[str, OperatingPoint]], to: Target) -> None:
@@ -154,7 +155,7 @@ def plot_trade_off(curves: Mapping[str, TradeOff], points: Mapping[str, Mapping[
     axis.set_title("What fewer false allows cost, by threshold on P(ALLOW)", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper right")
-    _finish(figure, to)
+    finish(figure, to)
 
 
 def plot_risk_coverage(curves: Mapping[str, RiskCoverage], to: Target) -> None:
@@ -169,7 +170,7 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], to: Target) -> None:
     axis.set_title("Error rate when only confident rows are decided", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    _finish(figure, to)
+    finish(figure, to)
 
 
 def plot_reliability(bins: Reliability, title: str, to: Target) -> None:
@@ -185,7 +186,7 @@ def plot_reliability(bins: Reliability, title: str, to: Target) -> None:
     low.set(xlabel="probability of the most probable label", ylabel="rows")
     for axis in (top, low):
         axis.grid(alpha=0.3)
-    _finish(figure, to)
+    finish(figure, to)
 
 
 def plot_angles(angles: Mapping[str, Floats], to: Target) -> None:
@@ -201,4 +202,4 @@ def plot_angles(angles: Mapping[str, Floats], to: Target) -> None:
     most = max(angles, key=lambda name: float(angles[name].mean()))
     axis.set(xlabel="block of eight", title=f"{most} turns most, {least} least")
     figure.colorbar(image, label=r"$\|R - I\|_F$ (at most $2\sqrt{8} = 5.66$)", pad=0.01)
-    _finish(figure, to)
+    finish(figure, to)

@@ -323,7 +323,7 @@ def _mistakes(run: RunFolder) -> Panel:
         rows = []
         for row in (told.rows[i] for i in worst):
             request = row.user_request if len(row.user_request) <= LONGEST else row.user_request[:LONGEST] + "…"
-            shares = [f"{row.probabilities[name]:.3f}" for name in ("ALLOW", "ESCALATE", "REFUSE")]
+            shares = [f"{row.probabilities[name]:.3f}" for name in LABELS]
             rows.append([request, row.source, row.safety_label, row.decision, *shares])
         head = ["request", "source", "label", "decision", *(f"P({name})" for name in LABELS)]
         panel.tables.append(Table(f"{title}: {len(wrong)} of {len(told.rows)} rows decided wrongly", head, rows, texts=True))

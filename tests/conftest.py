@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors.torch import load_file, save_file
 
 from so8t.base import BaseSpec, SplitBase, load_base
+from so8t.cli import main
 from so8t.console import quieten
 from so8t.gates import GateSpec
 from so8t.labels import LABELS
@@ -174,3 +175,19 @@ def always(finished_run, tmp_path):
         return folder
 
     return copy
+
+
+@pytest.fixture
+def so8t(capsys):
+    """Runs a command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

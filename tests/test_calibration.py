@@ -29,7 +29,6 @@ from so8t.calibration import (
     save_policy,
     upper_bound,
 )
-from so8t.cli import main
 from so8t.errors import ArtefactError, DataError
 from so8t.labels import LABELS, Label
 from so8t.model import decide
@@ -326,22 +325,6 @@ def test_a_damaged_policy_is_told(folder, changes, told):
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def so8t(capsys):
-    """Runs a command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

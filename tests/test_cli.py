@@ -11,25 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from so8t.cli import main
 from so8t.labels import LABELS
 from tests.conftest import synthetic_rows, write_rows
-
-
-@pytest.fixture
-def so8t(capsys):
-    """Runs a command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def probabilities_of_two() -> tuple[float, float]:

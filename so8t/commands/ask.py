@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from so8t.commands.types import positive
+from so8t.commands.types import COLOURS, positive
 from so8t.errors import SO8TError
 from so8t.labels import LABELS, Label
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from so8t.adapter import Agent
 
 HELP = "decide one request; on ALLOW the agent answers"
-
-COLOURS = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

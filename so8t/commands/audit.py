@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from so8t.commands.types import STATE
+from so8t.commands.types import AUDIT, STATE
 from so8t.errors import ArtefactError
 
 HELP = "verify an audit log"
@@ -15,7 +15,7 @@ HELP = "verify an audit log"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("action", choices=("verify",))
-    parser.add_argument("folder", type=Path, nargs="?", default=STATE / "audit", help="default: %(default)s")
+    parser.add_argument("folder", type=Path, nargs="?", default=STATE / AUDIT, help="default: %(default)s")
     parser.add_argument("--last", metavar="HASH", help="the last hash as it was kept elsewhere: lines cut off at the end show")
 
 

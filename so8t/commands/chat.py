@@ -8,11 +8,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from so8t.commands.types import STATE, positive
-from so8t.labels import Label
+from so8t.commands.types import AUDIT, COLOURS, QUEUE, STATE, positive
 
 HELP = "chat with a trained agent; every answer is watched as it grows"
-COLOUR = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +32,8 @@ def run(args: argparse.Namespace) -> None:
 
     agent = SafeAgent(
         load_agent(args.run),
-        audit=AuditLog(args.state / "audit"),
-        queue=EscalationQueue(args.state / "escalations.sqlite"),
+        audit=AuditLog(args.state / AUDIT),
+        queue=EscalationQueue(args.state / QUEUE),
         max_new_tokens=args.max_new_tokens,
         watch_every=args.watch_every,
         keep_text=args.keep_text,
@@ -46,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     while request := _asked(console):
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
             for reply in agent.stream(request, args.context):
-                shown = Text(f"{reply.verdict.label.name}  ", style=f"bold {COLOUR[reply.verdict.label]}")
+                shown = Text(f"{reply.verdict.label.name}  ", style=f"bold {COLOURS[reply.verdict.label]}")
                 shown.append("  ".join(f"{k} {v:.2f}" for k, v in reply.verdict.probabilities.items()), style="dim")
                 shown.append(f"\n{reply.text}", style="none")
                 live.update(shown, refresh=True)

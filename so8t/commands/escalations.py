@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from so8t.commands.types import STATE, positive
+from so8t.commands.types import AUDIT, QUEUE, STATE, positive
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 
@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
-    file = args.state / "escalations.sqlite"
+    file = args.state / QUEUE
     if not file.is_file():
         raise SO8TError(f"{file}: no queue here; `so8t chat` makes one, --state names another folder")
     queue, console = EscalationQueue(file), Console(soft_wrap=True)
@@ -65,5 +65,5 @@ def _answer(args: argparse.Namespace, queue: EscalationQueue, console: Console) 
 
     if args.run is None:
         raise SO8TError("`so8t escalations answer` wants --run RUN_DIR, the run whose agent answers")
-    reply = SafeAgent(load_agent(args.run), audit=AuditLog(args.state / "audit"), queue=queue).resume(args.id)
+    reply = SafeAgent(load_agent(args.run), audit=AuditLog(args.state / AUDIT), queue=queue).resume(args.id)
     console.print(f"[bold]{reply.verdict.label.name}[/]   {escape(reply.text)}")

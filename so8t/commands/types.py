@@ -3,8 +3,15 @@
 import argparse
 from pathlib import Path
 
+from so8t.labels import Label
+
 STATE = Path("outputs/agent")
 """Where an agent at work keeps its queue and its audit log."""
+AUDIT, QUEUE = "audit", "escalations.sqlite"
+"""Their names in it."""
+
+COLOURS = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}
+"""Of decisions in a terminal."""
 
 
 def positive(text: str) -> int:

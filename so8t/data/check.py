@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from so8t.data.records import Record, read_jsonl
-from so8t.data.splits import near_duplicates
+from so8t.data.splits import folded, near_duplicates
 from so8t.labels import LABELS
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -85,7 +85,7 @@ def check_files(paths: Sequence[Path]) -> DataCheck:
 
 
 def _text(record: Record) -> tuple[str, str]:
-    return " ".join(record.user_request.lower().split()), record.context or ""
+    return folded(record.user_request), record.context or ""
 
 
 def _counted(name: str, rows: Sequence[Record], bad_rows: list[str]) -> FileCheck:

@@ -14,13 +14,18 @@ NEAR_DUPLICATE = 0.6
 """Jaccard similarity of character 4-grams from which two requests count as the same."""
 
 
+def folded(text: str) -> str:
+    """Lower case, white space folded: what two requests are compared as."""
+    return " ".join(text.lower().split())
+
+
 def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> list[tuple[int, int]]:
     """Pairs `(i, j)`, `i < j`, whose sets of character 4-grams (lower case, white space folded) have a Jaccard
     similarity of at least `threshold`."""
     if not texts:
         return []
     # filled up so that the shortest text has a 4-gram; not with spaces, which the vectoriser would fold
-    padded = [f" {' '.join(t.lower().split())} ".ljust(4, "\0") for t in texts]
+    padded = [f" {folded(t)} ".ljust(4, "\0") for t in texts]
     grams: csr_matrix = CountVectorizer(analyzer="char", ngram_range=(4, 4), binary=True, lowercase=False).fit_transform(padded)
     sizes = np.asarray(grams.sum(axis=1)).ravel()
     pairs: list[tuple[int, int]] = []
