@@ -26,6 +26,7 @@ from so8t.config import Config, validate
 from so8t.console import quieten, reported
 from so8t.data.cache import PrefixCache
 from so8t.files import write_json
+from so8t.fused import fused_rotations
 from so8t.memory import longest_batch, module_of, plan
 from so8t.shapes import NAMED
 from so8t.so8 import exp_map, rotate
@@ -51,7 +52,17 @@ def rotation_times(device: torch.device) -> list[dict]:
         copy = median_seconds(x.detach().clone, device)
         forward = median_seconds(lambda x=x: rotate(x.detach(), rotation.detach()), device)
         both = median_seconds(lambda x=x, up=up: rotate(x, rotation).backward(up), device)
-        rows.append({"dtype": str(dtype), "copy_seconds": copy, "forward_seconds": forward, "both_seconds": both})
+        with fused_rotations():
+            fused = median_seconds(lambda x=x: rotate(x.detach(), rotation.detach()), device)
+        rows.append(
+            {
+                "dtype": str(dtype),
+                "copy_seconds": copy,
+                "forward_seconds": forward,
+                "compiled_seconds": fused,
+                "both_seconds": both,
+            }
+        )
     return rows
 
 
@@ -97,11 +108,12 @@ def main() -> None:
     file = result_file("cost", device)
     write_json(file, out)
     table = Table(title=f"rotate at {list(SHAPE)}; {out['machine']}", title_justify="left")
-    for column in ("dtype", "copy (ms)", "forward (ms)", "of a copy", "forward and backward (ms)"):
+    for column in ("dtype", "copy (ms)", "forward (ms)", "of a copy", "compiled (ms)", "of a copy", "with backward (ms)"):
         table.add_column(column, justify="right")
     for row in out["rotate"]:
-        copy, forward, both = (1e3 * row[key] for key in ("copy_seconds", "forward_seconds", "both_seconds"))
-        table.add_row(row["dtype"], f"{copy:.2f}", f"{forward:.2f}", f"{forward / copy:.1f}", f"{both:.2f}")
+        copy, plain, fused, both = (1e3 * row[f"{key}_seconds"] for key in ("copy", "forward", "compiled", "both"))
+        ratios = (f"{seconds:.2f}\t{seconds / copy:.1f}".split("\t") for seconds in (plain, fused))
+        table.add_row(row["dtype"], f"{copy:.2f}", *(cell for pair in ratios for cell in pair), f"{both:.2f}")
     console.print(table)
     for key in ("by_layers", "by_length", "planned_by_layers", "planned_by_length", "planned_by_base"):
         console.print(

@@ -73,6 +73,7 @@ class Config:
     ckpt_path: str | None = None
     objective: str = "val/macro_f1"
     tags: tuple[str, ...] = ()
+    compile: bool = False
     hw: HwSpec | None = None
 
 

@@ -2,7 +2,7 @@
 
 One rotation block is 28 numbers `a`, the strict upper triangle of a skew matrix `A` in so(8) (row by row). Maps are
 computed in float64; activations are rotated in float32. Column convention: `y = R x`, so a row-major activation is
-multiplied by `R^T`. This file knows torch and nothing else.
+multiplied by `R^T`. This file knows torch and its compiled twin (fused.py), and nothing else.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from so8t import fused
 from so8t.errors import GroupError
 
 DIM = 8
@@ -102,6 +103,9 @@ def _apply(x: Tensor, rotation: Tensor) -> Tensor:
 
     Rows go in chunks, so that copies in the compute dtype stay in a processor's cache and are never as large as `x`.
     """
+    done = fused.turned(x, rotation)
+    if done is not None:
+        return done
     turn = _paired(rotation.to(_compute_dtype(x))).mT
     rows = x.reshape(-1, x.shape[-1] // turn.shape[-1], turn.shape[-1])
     turned = torch.empty_like(rows)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from so8t.data.store import PrefixStore
 from so8t.errors import ArtefactError, HardwareError
 from so8t.evaluation import Evaluation, evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
 from so8t.files import write_json, write_text
+from so8t.fused import fused_rotations
 from so8t.labels import LABELS
 from so8t.lightning_module import SO8TModule
 from so8t.memory import GIB, plan
@@ -75,7 +77,8 @@ def train(composed: DictConfig) -> dict[str, float]:
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     log_settings(loggers, composed, module)
 
-    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    with fused_rotations() if config.compile else nullcontext():
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     restore_best(trainer, module)
     module.cache.flush()
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
