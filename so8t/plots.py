@@ -52,7 +52,7 @@ def finish(figure: Figure, to: Target) -> None:
 
 
 def plot_losses(series: Series, to: Target) -> None:
-    """The total and every weighted term against optimiser steps, and each term's share."""
+    """The total and every weighted term against optimiser steps, and each term's share with PET's phases."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     terms = [t for t in ("loss", "safety", "cost", "task", "pet", "inertia") if series.get(f"train/{t}")]
     for colour, term in zip(COLOURS, terms, strict=False):
@@ -62,6 +62,12 @@ def plot_losses(series: Series, to: Target) -> None:
         if shares:
             steps, values = zip(*shares, strict=True)
             right.plot(steps, [100 * v for v in values], color=colour, label=term)
+    before = math.nan
+    for step, factor in series.get("train/pet_phase", []):
+        if factor != before:
+            right.axvline(step, color="#999999", ls=":", lw=1)
+            right.text(step, 0.98, f" PET x {factor:g}", transform=right.get_xaxis_transform(), fontsize=7, va="top")
+        before = factor
     if series.get("val/loss"):
         steps, values = zip(*series["val/loss"], strict=True)
         left.plot(steps, values, color="#000000", ls="--", marker="o", ms=3, label="validation, class loss")

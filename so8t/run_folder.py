@@ -17,6 +17,7 @@ from so8t.calibration import Policy, load_policy
 from so8t.curves import Floats, Integers
 from so8t.errors import ArtefactError
 from so8t.gates import matrix_angle
+from so8t.intervals import Interval
 from so8t.labels import LABELS, Label
 from so8t.plots import Series, read_metrics
 from so8t.so8 import MAPS
@@ -30,13 +31,16 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Scores:
-    """`test.json` or `unseen.json`, as `so8t.evaluation` writes it."""
+    """`test.json` or `unseen.json`, as `so8t.evaluation` writes it; files of earlier versions lack what has a default."""
 
     metrics: Figures
     confusion: list[list[int]]
-    macro_f1_95: dict[str, tuple[float, float] | None]
+    macro_f1_95: dict[str, Interval | None]
     baselines: dict[str, Figures]
     by_source: dict[str, dict[str, Figures]]
+    by_language: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    by_form: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    intervals_95: dict[str, dict[str, dict[str, Interval | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
