@@ -24,9 +24,11 @@ from so8t.plots import (
     plot_losses,
     plot_reliability,
     plot_risk_coverage,
+    plot_robustness,
     plot_trade_off,
 )
-from so8t.run_folder import ADAPTER, CONFIG, METRICS, SETS, TENSORS, PredictedRows, RunFolder, Scores
+from so8t.robustness import HEAD, cells
+from so8t.run_folder import ADAPTER, CONFIG, METRICS, ROBUSTNESS, SETS, TENSORS, PredictedRows, RunFolder, Scores
 
 MISTAKES = 15
 """Rows shown of each set."""
@@ -218,6 +220,22 @@ def _risk_coverage(run: RunFolder) -> Panel:
     return panel
 
 
+def _robustness(run: RunFolder) -> Panel:
+    panel = Panel(
+        "robustness",
+        "Under wrappings",
+        "Requests of the test split wrapped in ways that were never trained on, decided before and after, with 95 % intervals. "
+        "Refusing whatever is wrapped is not robust: over-refusal shows it. Rewordings in another tense have no originals.",
+    )
+    if run.robustness is None:
+        panel.misses(f"{ROBUSTNESS} (so8t robustness writes it)")
+    elif run.robustness:
+        picture = "False allow and over-refusal by wrapping, before and after"
+        panel.pictures.append(drawn(picture, partial(plot_robustness, run.robustness), wide=True))
+        panel.tables.append(Table("rates by wrapping", list(HEAD), [cells(one) for one in run.robustness]))
+    return panel
+
+
 def _group(run: RunFolder) -> Panel:
     panel = Panel("group", "Group invariants over training", "Defects of orthogonality and determinant over all gates.")
     if run.series is None:
@@ -303,6 +321,7 @@ PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
     _reliability,
     _trade_off,
     _risk_coverage,
+    _robustness,
     _group,
     _losses,
     _gates,

@@ -18,7 +18,8 @@ from so8t.report import panels, render
 from so8t.run_folder import read_run
 
 PICTURES = {
-    "setup": 0, "metrics": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1, "group": 1, "losses": 1,
+    "setup": 0, "metrics": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1, "robustness": 0,
+    "group": 1, "losses": 1,
     "gates": 1, "mistakes": 0,
 }  # fmt: skip
 """Of a run that has a test split and no unseen sources."""
