@@ -10,6 +10,7 @@ COMMANDS = (
     "plan",
     "ask",
     "evaluate",
+    "robustness",
     "calibrate",
     "chat",
     "escalations",

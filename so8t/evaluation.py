@@ -16,26 +16,34 @@ from torch import Tensor
 from so8t.base import shared_lead
 from so8t.baselines import Baselines, Floats
 from so8t.calibration import Policy
+from so8t.curves import auprc_not_allow, risk_coverage
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import LengthSampler, RecordDataset
 from so8t.data.records import Record
 from so8t.data.store import row_key
 from so8t.data.tokenise import Template
 from so8t.files import write_text
+from so8t.intervals import ENOUGH, Interval, decision_intervals, number
 from so8t.labels import LABELS, Label
-from so8t.metrics import SafetyMetrics, constant_baselines, flicker
+from so8t.metrics import SafetyMetrics, flicker
 from so8t.model import Decisions, SO8TModel, at_position
 from so8t.streaming import Stream, along
 
 SHOWN = (
-    ("macro_f1", "macro-F1 [95 %]"),
+    ("macro_f1", "macro-F1"),
     ("false_allow_rate", "false allow"),
     ("over_refusal_rate", "over-refusal"),
     ("refuse_recall", "refuse recall"),
     ("escalate_recall", "escalate recall"),
     ("auroc_not_allow", "AUROC"),
+    ("auprc_not_allow", "AUPRC"),
+    ("aurc", "AURC"),
     ("ece", "ECE"),
 )
+GROUPED = SHOWN[:3]
+"""What is told of groups of rows, with intervals."""
+UNKNOWN = "unknown"
+"""Language or form of rows that tell none."""
 
 
 @dataclass
@@ -58,6 +66,12 @@ class Predictions:
         metrics = SafetyMetrics()
         metrics.update(self.probabilities[chosen], self.decisions[chosen], labels, self.failed[chosen], self.unsure[chosen])
         figures = metrics.compute()
+        kept = chosen[~self.failed[chosen]]
+        probabilities = self.probabilities[kept].double().numpy()
+        truth = np.array([int(records[i].safety_label) for i in kept], dtype=np.int64)
+        risk = risk_coverage(probabilities, truth)
+        figures["auprc_not_allow"] = auprc_not_allow(probabilities, truth)
+        figures["aurc"] = math.nan if risk is None else risk.aurc
         figures["flicker"] = float(self.flicker[chosen].nanmean())
         figures["decision_changes"] = float(self.changes[chosen].nanmean())
         if self.stream is not None:
@@ -183,38 +197,28 @@ def frozen_features(
     return features
 
 
-def macro_f1_interval(
-    labels: Sequence[int], decisions: Sequence[int], *, draws: int = 1000, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % percentile bootstrap of macro-F1 over the classes that have rows (Efron 1979); `None` without rows.
-
-    Rows are drawn with replacement, so the interval speaks of other rows from the same sources, not of other sources.
-    """
-    n, size = len(LABELS), len(labels)
-    if not size:
-        return None
-    cells = np.asarray(labels) * n + np.asarray(decisions)
-    present = np.unique(labels)
-    rng = np.random.default_rng(seed)
-    scores = []
-    for _ in range(draws):
-        matrix = np.bincount(cells[rng.integers(0, size, size)], minlength=n * n).reshape(n, n)
-        both = matrix.sum(0) + matrix.sum(1)
-        f1 = 2 * matrix.diagonal() / np.maximum(both, 1)
-        scores.append(f1[present].mean())
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return float(low), float(high)
+Groups = dict[str, dict[str, dict[str, float]]]
+"""Figures by group of rows and classifier."""
 
 
 @dataclass
 class Evaluation:
-    """Figures of one set: overall by classifier, and by source; `intervals` are 95 % bootstrap ones of macro-F1."""
+    """Figures of one set: overall by classifier, and by source, language and form.
+
+    `intervals_95` are by kind of group (`source`, `language`, `form`), group and figure, SO8T's; under `all` they are each
+    classifier's over all rows.
+    """
 
     name: str
     overall: dict[str, dict[str, float]]
-    by_source: dict[str, dict[str, dict[str, float]]]
+    groups: dict[str, Groups]
     confusion: list[list[int]]
-    intervals: dict[str, tuple[float, float] | None]
+    intervals_95: dict[str, dict[str, dict[str, Interval | None]]]
+
+    @property
+    def by_source(self) -> Groups:
+        """Figures by source."""
+        return self.groups["source"]
 
     def as_json(self) -> dict[str, object]:
         """Plain values; NaN becomes null."""
@@ -223,14 +227,34 @@ class Evaluation:
             "labels": list(LABELS),
             "metrics": _no_nan(self.overall["SO8T"]),
             "confusion": self.confusion,
-            "macro_f1_95": self.intervals,
+            "macro_f1_95": {who: intervals["macro_f1"] for who, intervals in self.intervals_95["all"].items()},
+            "intervals_95": self.intervals_95,
             "baselines": {k: _no_nan(v) for k, v in self.overall.items() if k != "SO8T"},
-            "by_source": {s: {k: _no_nan(v) for k, v in table.items()} for s, table in self.by_source.items()},
+            **{
+                f"by_{kind}": {group: {who: _no_nan(v) for who, v in table.items()} for group, table in groups.items()}
+                for kind, groups in self.groups.items()
+            },
         }
 
 
 def _no_nan(figures: dict[str, float]) -> dict[str, float | None]:
     return {k: (None if math.isnan(v) else v) for k, v in figures.items()}
+
+
+def _rows_by_group(records: Sequence[Record]) -> dict[str, dict[str, list[int]]]:
+    """Row numbers by kind of group and group."""
+    values = {
+        "source": [r.source for r in records],
+        "language": [r.language or UNKNOWN for r in records],
+        "form": [r.form or UNKNOWN for r in records],
+    }
+    found = {
+        kind: {group: [i for i, other in enumerate(of) if other == group] for group in sorted(set(of))}
+        for kind, of in values.items()
+    }
+    if dangerous := [i for i, r in enumerate(records) if r.sounds_dangerous]:
+        found["source"]["(benign, sounds dangerous)"] = dangerous
+    return found
 
 
 def evaluate(
@@ -246,75 +270,72 @@ def evaluate(
     if baselines is not None and features is not None:
         for other, probabilities in baselines.probabilities(records, features).items():
             tables[other] = Predictions.of_probabilities(probabilities)
-    overall = {who: p.metrics(records) for who, p in tables.items()} | constant_baselines(labels)
-    sources = sorted({r.source for r in records})
-    by_source = {
-        source: {
-            who: p.metrics(records, [i for i, r in enumerate(records) if r.source == source])
-            for who, p in tables.items()
-            if who != "context only"
+    overall = {who: p.metrics(records) for who, p in tables.items()}
+    for label, constant in enumerate(LABELS):
+        always = torch.eye(len(LABELS))[label].expand(len(records), -1)
+        overall[f"always {constant}"] = Predictions.of_probabilities(always).metrics(records)
+    rows_by_group = _rows_by_group(records)
+    groups = {
+        kind: {
+            group: {who: p.metrics(records, rows) for who, p in tables.items() if who != "context only"}
+            for group, rows in found.items()
         }
-        for source in sources
+        for kind, found in rows_by_group.items()
     }
-    dangerous = [i for i, r in enumerate(records) if r.sounds_dangerous]
-    if dangerous:
-        by_source["(benign, sounds dangerous)"] = {
-            who: p.metrics(records, dangerous) for who, p in tables.items() if who != "context only"
-        }
+
+    def intervals(p: Predictions, rows: Sequence[int]) -> dict[str, Interval | None]:
+        kept = [i for i in rows if not p.failed[i]]
+        return decision_intervals([labels[i] for i in kept], p.decisions[kept].tolist())
+
+    intervals_95 = {"all": {who: intervals(p, range(len(records))) for who, p in tables.items()}}
+    for kind, found in rows_by_group.items():
+        intervals_95[kind] = {group: intervals(predictions, rows) for group, rows in found.items()}
     confusion = torch.zeros(len(LABELS), len(LABELS), dtype=torch.long)
     for label, decision, failed in zip(labels, predictions.decisions.tolist(), predictions.failed.tolist(), strict=True):
         if not failed:
             confusion[label, decision] += 1
-    intervals = {}
-    for who, p in tables.items():
-        kept = [i for i, failed in enumerate(p.failed.tolist()) if not failed]
-        intervals[who] = macro_f1_interval([labels[i] for i in kept], p.decisions[kept].tolist())
-    return Evaluation(name, overall, by_source, confusion.tolist(), intervals)
+    return Evaluation(name, overall, groups, confusion.tolist(), intervals_95)
 
 
-def _cell(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def _table(title: str, first: str, *columns: str) -> Table:
+    """Without lines between columns, so that nine figures fit into 80 columns."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column.replace(" ", "\n").replace("-refusal", "-\nrefusal"), justify="right")
+    return table
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Both tables: overall by classifier, and by source with SO8T, TF-IDF and the frozen probe side by side."""
+    """Overall by classifier; accuracy by source, baselines beside; SO8T's figures by source, language and form."""
     figures = evaluation.overall["SO8T"]
     head = f"{evaluation.name}: {int(figures['rows'])} rows"
     if figures["failures"] or figures["unsure"]:
         head += f", {int(figures['failures'])} failures (not counted as predictions), {int(figures['unsure'])} unsure"
-    table = Table(title=head, title_justify="left")
-    table.add_column("classifier")
-    for _, title in SHOWN:
-        table.add_column(title, justify="right")
+    table = _table(head, "classifier", *(title for _, title in SHOWN))
     for who, values in evaluation.overall.items():
-        cells = [_cell(values.get(key)) for key, _ in SHOWN]
-        if interval := evaluation.intervals.get(who):
-            cells[0] += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-        table.add_row(who, *cells, style="bold" if who == "SO8T" else "")
+        table.add_row(who, *(number(values.get(key)) for key, _ in SHOWN), style="bold" if who == "SO8T" else "")
     console.print(table)
     if "detected" in figures:
         console.print(
-            f"along a request's tokens, by the most probable label: {_cell(figures['detected'])} of the risky rows detected by "
-            f"its end, after {_cell(figures['time_to_detection'], 1)} tokens on average; "
-            f"{_cell(figures['decision_changes'], 2)} changes a row; "
-            f"{_cell(figures['false_alarms_per_1000_tokens'], 1)} false alarms per 1,000 tokens of ALLOW rows"
+            f"along a request's tokens, by the most probable label: {number(figures['detected'])} of the risky rows detected "
+            f"by its end, after {number(figures['time_to_detection'], digits=1)} tokens on average; "
+            f"{number(figures['decision_changes'], digits=2)} changes a row; "
+            f"{number(figures['false_alarms_per_1000_tokens'], digits=1)} false alarms per 1,000 tokens of ALLOW rows"
         )
-    table = Table(title=f"{evaluation.name}, by source (accuracy; false allow and over-refusal of SO8T)", title_justify="left")
-    table.add_column("source")
-    table.add_column("rows", justify="right")
     names = list(next(iter(evaluation.by_source.values())))
-    for who in names:
-        table.add_column(who, justify="right")
-    for title in ("macro-F1", "false allow", "over-refusal"):
-        table.add_column(title, justify="right")
+    table = _table(f"{evaluation.name}: accuracy by source", "source", "rows", *names)
     for source, by_name in evaluation.by_source.items():
-        ours = by_name["SO8T"]
-        table.add_row(
-            source,
-            str(int(ours["rows"])),
-            *(_cell(by_name[who].get("accuracy")) for who in names),
-            *(_cell(ours.get(key)) for key in ("macro_f1", "false_allow_rate", "over_refusal_rate")),
-        )
+        accuracies = [number(by_name[who].get("accuracy")) for who in names]
+        table.add_row(source, str(int(by_name["SO8T"]["rows"])), *accuracies)
+    console.print(table)
+    title = f"{evaluation.name}: 95 % intervals, from {ENOUGH} rows; groups are decided by SO8T"
+    table = _table(title, "rows of", "rows", *(title for _, title in GROUPED))
+    for kind, by_group in evaluation.intervals_95.items():
+        for group, intervals in by_group.items():
+            own = evaluation.overall[group] if kind == "all" else evaluation.groups[kind][group]["SO8T"]
+            name = {"all": f"all, {group}", "source": group}.get(kind, f"{kind} {group}")
+            table.add_row(name, str(int(own["rows"])), *(number(own.get(key), intervals[key]) for key, _ in GROUPED))
     console.print(table)
 
 

@@ -127,17 +127,3 @@ def flicker(logits: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
     inside = path[:, 2:] & path[:, 1:-1] & path[:, :-2]
     mean = (second * inside).sum(-1) / inside.sum(-1)  # 0/0 is NaN
     return mean, changes
-
-
-def constant_baselines(labels: list[int]) -> dict[str, dict[str, float]]:
-    """Metrics of the classifiers that always answer the same: a score that they reach is no score."""
-    target = torch.tensor(labels)
-    table: dict[str, dict[str, float]] = {}
-    for k, name in enumerate(LABELS):
-        metrics = SafetyMetrics()
-        no = torch.zeros(len(target), dtype=torch.bool)
-        probabilities = torch.zeros(len(target), len(LABELS))
-        probabilities[:, k] = 1.0
-        metrics.update(probabilities, torch.full_like(target, k), target, no, no)
-        table[f"always {name}"] = metrics.compute()
-    return table

@@ -6,9 +6,10 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart and print kee
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,9 @@ from matplotlib.figure import Figure
 
 from so8t.curves import Floats, OperatingPoint, Reliability, RiskCoverage, TradeOff
 from so8t.labels import LABELS
+
+if TYPE_CHECKING:
+    from so8t.robustness import Wrapped
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 Series = dict[str, list[tuple[int, float]]]
@@ -52,7 +56,7 @@ def finish(figure: Figure, to: Target) -> None:
 
 
 def plot_losses(series: Series, to: Target) -> None:
-    """The total and every weighted term against optimiser steps, and each term's share."""
+    """The total and every weighted term against optimiser steps, and each term's share with PET's phases."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     terms = [t for t in ("loss", "safety", "cost", "task", "pet", "inertia") if series.get(f"train/{t}")]
     for colour, term in zip(COLOURS, terms, strict=False):
@@ -62,6 +66,12 @@ def plot_losses(series: Series, to: Target) -> None:
         if shares:
             steps, values = zip(*shares, strict=True)
             right.plot(steps, [100 * v for v in values], color=colour, label=term)
+    before = math.nan
+    for step, factor in series.get("train/pet_phase", []):
+        if factor != before:
+            right.axvline(step, color="#999999", ls=":", lw=1)
+            right.text(step, 0.98, f" PET x {factor:g}", transform=right.get_xaxis_transform(), fontsize=7, va="top")
+        before = factor
     if series.get("val/loss"):
         steps, values = zip(*series["val/loss"], strict=True)
         left.plot(steps, values, color="#000000", ls="--", marker="o", ms=3, label="validation, class loss")
@@ -202,4 +212,33 @@ def plot_angles(angles: Mapping[str, Floats], to: Target) -> None:
     most = max(angles, key=lambda name: float(angles[name].mean()))
     axis.set(xlabel="block of eight", title=f"{most} turns most, {least} least")
     figure.colorbar(image, label=r"$\|R - I\|_F$ (at most $2\sqrt{8} = 5.66$)", pad=0.01)
+    finish(figure, to)
+
+
+def plot_robustness(wrapped: Sequence["Wrapped"], to: Target) -> None:
+    """False allow and over-refusal by wrapping: hollow as they are, filled wrapped, with 95 % intervals."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.8 + 0.35 * len(wrapped)), sharey=True)
+    for axis, colour, what, pairs in (
+        (axes[0], COLOURS[1], "false allow (% of ESCALATE and REFUSE rows)", [one.false_allow for one in wrapped]),
+        (axes[1], COLOURS[0], "over-refusal (% of ALLOW rows)", [one.over_refusal for one in wrapped]),
+    ):
+        for y, (before, after) in enumerate(pairs):
+            if after.rate is None:
+                continue
+            if before is not None and before.rate is not None:
+                axis.plot([100 * before.rate, 100 * after.rate], [y, y], color="#999999", lw=1, zorder=1)
+                axis.plot(100 * before.rate, y, marker="o", ms=7, mfc="white", color=colour, ls="")
+            if after.interval_95 is not None:
+                axis.hlines(y, 100 * after.interval_95[0], 100 * after.interval_95[1], color=colour, lw=3, alpha=0.35)
+            axis.plot(100 * after.rate, y, marker="o", ms=7, color=colour, ls="")
+        axis.set(xlabel=what, xlim=(-2, 102))
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(wrapped)), [one.name for one in wrapped])
+    axes[0].invert_yaxis()
+    worst = max(wrapped, key=lambda one: one.false_allow[1].rate or 0.0)
+    figure.suptitle(
+        f"Most gets through under: {worst.name}, {worst.false_allow[1].rate or 0:.0%} false allow "
+        "(hollow: as they are, filled: wrapped)",
+        fontsize=11,
+    )
     finish(figure, to)

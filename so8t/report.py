@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from so8t.calibration import Policy
-from so8t.curves import OperatingPoint, auprc_not_allow, operating_point, reliability, risk_coverage, trade_off
-from so8t.evaluation import SHOWN
+from so8t.curves import OperatingPoint, operating_point, reliability, risk_coverage, trade_off
+from so8t.evaluation import GROUPED, SHOWN
+from so8t.intervals import ENOUGH, number
 from so8t.labels import LABELS, Label
 from so8t.model import Decisions
 from so8t.page import Panel, Table, drawn, render_page
@@ -24,21 +24,26 @@ from so8t.plots import (
     plot_losses,
     plot_reliability,
     plot_risk_coverage,
+    plot_robustness,
     plot_trade_off,
 )
-from so8t.run_folder import ADAPTER, CONFIG, METRICS, SETS, TENSORS, Figures, PredictedRows, RunFolder, Scores
+from so8t.robustness import HEAD, cells
+from so8t.run_folder import ADAPTER, CONFIG, METRICS, ROBUSTNESS, SETS, TENSORS, PredictedRows, RunFolder, Scores
 
 MISTAKES = 15
 """Rows shown of each set."""
 LONGEST = 400
 """Characters shown of a request."""
 
-Interval = tuple[float, float]
-
 
 def render(run: RunFolder) -> str:
     """The page."""
-    return render_page("/".join(run.folder.resolve().parts[-2:]), [panel(run) for panel in PANELS])
+    return render_page("/".join(run.folder.resolve().parts[-2:]), panels(run))
+
+
+def panels(run: RunFolder) -> list[Panel]:
+    """The parts of the page."""
+    return [panel(run) for panel in PANELS]
 
 
 def _sets(run: RunFolder, panel: Panel) -> Iterable[tuple[str, PredictedRows]]:
@@ -60,10 +65,6 @@ def _scores(run: RunFolder, panel: Panel) -> Iterable[tuple[str, Scores]]:
             panel.misses(f"{part}.json")
         else:
             yield title, scores
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{value:.3f}"
 
 
 def _told(value: object) -> str:
@@ -108,75 +109,42 @@ def _setup(run: RunFolder) -> Panel:
     return panel
 
 
-def _with_interval(value: float | None, interval: Interval | None) -> str:
-    return _number(value) if interval is None else f"{_number(value)} [{_number(interval[0])}, {_number(interval[1])}]"
-
-
-def _exact(errors: int, rows: int) -> Interval | None:
-    """95 % interval of a rate (Clopper and Pearson 1934)."""
-    if not rows:
-        return None
-    interval = binomtest(errors, rows).proportion_ci(0.95, method="exact")
-    return float(interval.low), float(interval.high)
-
-
 def _metrics(run: RunFolder) -> Panel:
     panel = Panel(
         "metrics",
         "How well it decides",
-        "Brackets are 95 % intervals: of macro-F1 by bootstrap over rows, of SO8T's rates exact (Clopper and Pearson). They "
-        "speak of other rows from the same sources. Baselines were fitted on the same training rows; what a constant answer "
-        "reaches is no score. AUPRC is the average precision of 'not ALLOW', AURC the mean error rate over all coverages.",
+        "Brackets are 95 % intervals: of macro-F1 by bootstrap over rows, of rates exact (Clopper and Pearson), from "
+        f"{ENOUGH} rows up. They speak of other rows from the same sources. Baselines were fitted on the same training rows; "
+        "what a constant answer reaches is no score. AUPRC is the average precision of 'not ALLOW', AURC the mean error rate "
+        "over all coverages.",
     )
     for title, scores in _scores(run, panel):
-        allow = sum(scores.confusion[Label.ALLOW])
-        risky = sum(sum(row) for row in scores.confusion) - allow
-        wrong = sum(row[Label.ALLOW] for row in scores.confusion) - scores.confusion[Label.ALLOW][Label.ALLOW]
-        refused = allow - scores.confusion[Label.ALLOW][Label.ALLOW]
-        exact = {"false_allow_rate": _exact(wrong, risky), "over_refusal_rate": _exact(refused, allow)}
-
-        def cells(who: str, figures: Figures, own: dict[str, Interval | None], scores: Scores = scores) -> list[str]:
-            intervals = {"macro_f1": scores.macro_f1_95.get(who), **own}
-            return [who, *(_with_interval(figures.get(key), intervals.get(key)) for key, _ in SHOWN)]
-
-        rows = [cells("SO8T", scores.metrics, exact)]
-        rows += [cells(who, figures, {}) for who, figures in scores.baselines.items()]
+        rows = []
+        for who, figures in {"SO8T": scores.metrics, **scores.baselines}.items():
+            intervals = {"macro_f1": scores.macro_f1_95.get(who), **scores.intervals_95.get("all", {}).get(who, {})}
+            rows.append([who, *(number(figures.get(key), intervals.get(key)) for key, _ in SHOWN)])
         heads = [head for _, head in SHOWN]
         counted = {key: int(scores.metrics.get(key) or 0) for key in ("rows", "failures", "unsure")}
         about = f"{title}: {counted['rows']} rows, {counted['failures']} failures (not counted), {counted['unsure']} unsure"
         panel.tables.append(Table(about, ["classifier", *heads], rows))
-        names = list(next(iter(scores.by_source.values()), {}))
-        panel.tables.append(
-            Table(
-                f"{title}, by source: accuracy of each classifier, and SO8T's rates",
-                ["source", "rows", *names, "false allow", "over-refusal"],
-                [
-                    [
-                        source,
-                        str(int(table.get("SO8T", {}).get("rows") or 0)),
-                        *(_number(table.get(who, {}).get("accuracy")) for who in names),
-                        *(_number(table.get("SO8T", {}).get(key)) for key in ("false_allow_rate", "over_refusal_rate")),
-                    ]
-                    for source, table in scores.by_source.items()
-                ],
-            )
-        )
-    curves = []
-    for title, told in _sets(run, panel):
-        risk = risk_coverage(told.probabilities, told.labels)
-        share = float((told.labels != Label.ALLOW).mean())
-        auprc = auprc_not_allow(told.probabilities, told.labels)
-        curves.append([title, _number(auprc), _number(share), _number(risk.aurc if risk else None)])
-    if curves:
-        head = ["set", "AUPRC of 'not ALLOW'", "share of such rows (AUPRC by chance)", "AURC"]
-        panel.tables.append(Table("SO8T over all thresholds, from the predictions", head, curves))
+        for kind, groups in (("source", scores.by_source), ("language", scores.by_language), ("form", scores.by_form)):
+            names = list(next(iter(groups.values()), {}))
+            rows = []
+            for group, table in groups.items():
+                own, intervals = table.get("SO8T", {}), scores.intervals_95.get(kind, {}).get(group, {})
+                accuracies = [number(table.get(who, {}).get("accuracy")) for who in names]
+                told = [number(own.get(key), intervals.get(key)) for key, _ in GROUPED]
+                rows.append([group, str(int(own.get("rows") or 0)), *accuracies, *told])
+            if rows:
+                about = f"{title}, by {kind}: accuracy of each classifier, and SO8T's figures"
+                panel.tables.append(Table(about, [kind, "rows", *names, *(head for _, head in GROUPED)], rows))
     return panel
 
 
 def _confusion(run: RunFolder) -> Panel:
     panel = Panel("confusion", "Confusion matrices")
     for title, scores in _scores(run, panel):
-        heading = f"{title}: macro-F1 {_number(scores.metrics.get('macro_f1'))}"
+        heading = f"{title}: macro-F1 {number(scores.metrics.get('macro_f1'))}"
         plot = partial(plot_confusion, scores.confusion, heading)
         panel.pictures.append(drawn(f"Confusion matrix, {title}: {scores.confusion}, labels by decisions", plot))
     return panel
@@ -219,7 +187,7 @@ def _trade_off(run: RunFolder) -> Panel:
             drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points))
         )
         rows = [
-            [title, how, _number(point.false_allow), _number(point.over_refusal)]
+            [title, how, number(point.false_allow), number(point.over_refusal)]
             for title, marks in points.items()
             for how, point in marks.items()
         ]
@@ -249,6 +217,22 @@ def _risk_coverage(run: RunFolder) -> Panel:
             curves[title] = curve
     if curves:
         panel.pictures.append(drawn("Error rate against coverage", partial(plot_risk_coverage, curves)))
+    return panel
+
+
+def _robustness(run: RunFolder) -> Panel:
+    panel = Panel(
+        "robustness",
+        "Under wrappings",
+        "Requests of the test split wrapped in ways that were never trained on, decided before and after, with 95 % intervals. "
+        "Refusing whatever is wrapped is not robust: over-refusal shows it. Rewordings in another tense have no originals.",
+    )
+    if run.robustness is None:
+        panel.misses(f"{ROBUSTNESS} (so8t robustness writes it)")
+    elif run.robustness:
+        picture = "False allow and over-refusal by wrapping, before and after"
+        panel.pictures.append(drawn(picture, partial(plot_robustness, run.robustness), wide=True))
+        panel.tables.append(Table("rates by wrapping", list(HEAD), [cells(one) for one in run.robustness]))
     return panel
 
 
@@ -337,6 +321,7 @@ PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
     _reliability,
     _trade_off,
     _risk_coverage,
+    _robustness,
     _group,
     _losses,
     _gates,

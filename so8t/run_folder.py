@@ -17,11 +17,14 @@ from so8t.calibration import Policy, load_policy
 from so8t.curves import Floats, Integers
 from so8t.errors import ArtefactError
 from so8t.gates import matrix_angle
+from so8t.intervals import Interval
 from so8t.labels import LABELS, Label
 from so8t.plots import Series, read_metrics
+from so8t.robustness import Wrapped
 from so8t.so8 import MAPS
 
 CONFIG, METRICS, TENSORS, ADAPTER = "config.yaml", "csv/metrics.csv", "adapter/adapter.safetensors", "adapter/adapter.json"
+ROBUSTNESS = "robustness.json"
 SETS = {"test": "mixed test split", "unseen": "unseen sources"}
 """The two sets that a run is evaluated on, by the names of their files."""
 
@@ -30,13 +33,16 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Scores:
-    """`test.json` or `unseen.json`, as `so8t.evaluation` writes it."""
+    """`test.json` or `unseen.json`, as `so8t.evaluation` writes it; files of earlier versions lack what has a default."""
 
     metrics: Figures
     confusion: list[list[int]]
-    macro_f1_95: dict[str, tuple[float, float] | None]
+    macro_f1_95: dict[str, Interval | None]
     baselines: dict[str, Figures]
     by_source: dict[str, dict[str, Figures]]
+    by_language: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    by_form: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    intervals_95: dict[str, dict[str, dict[str, Interval | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class RunFolder:
     angles: dict[str, Floats] | None
     trained: dict[str, int] | None
     policy: Policy | None
+    robustness: list[Wrapped] | None
 
     def setting(self, key: str) -> object:
         """The value of a dotted key of `config.yaml`, `None` where it has none."""
@@ -114,6 +121,7 @@ def read_run(folder: Path) -> RunFolder:
         angles=angles,
         trained=trained,
         policy=load_policy(folder / "adapter") if (folder / TENSORS).is_file() else None,
+        robustness=_robustness(folder / ROBUSTNESS),
     )
 
 
@@ -174,6 +182,15 @@ def _predictions(path: Path) -> PredictedRows | None:
     return PredictedRows(kept, len(rows) - len(kept))
 
 
+def _robustness(path: Path) -> list[Wrapped] | None:
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(list[Wrapped]).validate_python(json.loads(path.read_bytes())["wrappings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
 def _gates(folder: Path) -> tuple[dict[str, Floats] | None, dict[str, int] | None]:
     """`||R - I||_F` of every block by gate, `[blocks]`, and how many numbers were trained, by part; needs no base."""
     path = folder / TENSORS
@@ -202,4 +219,4 @@ def _by_depth(name: str) -> tuple[int, str]:
     return (int(layer[1]) if layer else torch.iinfo(torch.int32).max, name)
 
 
-__all__ = ["ADAPTER", "CONFIG", "METRICS", "SETS", "TENSORS", "PredictedRows", "RunFolder", "Scores", "read_run"]
+__all__ = ["ADAPTER", "CONFIG", "METRICS", "ROBUSTNESS", "SETS", "TENSORS", "PredictedRows", "RunFolder", "Scores", "read_run"]

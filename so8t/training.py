@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+from base64 import b64decode
 from collections import Counter
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +31,7 @@ from so8t.data.datamodule import SafetyData
 from so8t.data.records import Record
 from so8t.data.store import PrefixStore
 from so8t.errors import ArtefactError, HardwareError
-from so8t.evaluation import Evaluation, evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
+from so8t.evaluation import evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
 from so8t.files import write_json, write_text
 from so8t.fused import fused_rotations
 from so8t.labels import LABELS
@@ -38,6 +41,8 @@ from so8t.model import SO8TModel
 from so8t.plan_view import advice, subject, verdict
 from so8t.plots import plot_confusion, plot_group, plot_losses, read_metrics
 from so8t.remedies import remedies
+from so8t.report import panels
+from so8t.run_folder import read_run
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +93,7 @@ def train(composed: DictConfig) -> dict[str, float]:
         if config.evaluate:
             metrics |= evaluate_run(module, data, run, console, loggers, batch_size=config.data.eval_batch_size)
         draw(run, callbacks)
+        log_panels(loggers, run)
         write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})
         console.print(f'\nrun folder: [bold]{run}[/]   ask it: [bold]so8t ask {run} "how do I kill a python process?"[/]')
     module.cache.flush()
@@ -139,6 +145,21 @@ def load_data(config: Config) -> SafetyData:
     data = SafetyData(config.data, seed=config.seed, answer_in_path=config.pet.path == "request_and_answer")
     data.setup()
     return data
+
+
+def data_of(run: Path) -> SafetyData:
+    """The rows of a finished run, read and split again as its `config.yaml` says.
+
+    Raises:
+        ArtefactError: there is no config.yaml.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such file, so the run's rows are not known: name rows with --data")
+    saved = OmegaConf.load(path)
+    if not isinstance(saved, DictConfig):
+        raise ArtefactError(f"{path}: not a run's configuration: name rows with --data")
+    return load_data(validate(saved))
 
 
 def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule) -> SO8TModule:
@@ -256,17 +277,22 @@ def evaluate_run(
             for who, v in result.overall.items()
             if who != "SO8T" and "macro_f1" in v
         }
-        log_evaluation(loggers, part, result, run)
+        for logger in loggers:
+            logger.log_metrics({f"{part}/{k}": v for k, v in result.overall["SO8T"].items()})
     return metrics
 
 
-def log_evaluation(loggers: list[Logger], part: str, result: Evaluation, run: Path) -> None:
-    """Figures to every logger; the confusion matrix to those that take pictures."""
-    figures = {f"{part}/{k}": v for k, v in result.overall["SO8T"].items()}
-    for logger in loggers:
-        logger.log_metrics(figures)
-        if hasattr(logger, "log_image"):
-            logger.log_image(key=f"{part}/confusion", images=[str(run / "plots" / f"confusion_{part}.png")])
+def log_panels(loggers: list[Logger], run: Path) -> None:
+    """The pictures and tables of `so8t report`, to Weights & Biases; the tables of whole requests stay on this machine."""
+    takers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    for panel in panels(read_run(run)) if takers else []:
+        pictures = [Image.open(BytesIO(b64decode(picture.base64))) for picture in panel.pictures]
+        for logger in takers:
+            if pictures:
+                captions = [picture.alt for picture in panel.pictures]
+                logger.log_image(key=f"report/{panel.key}", images=pictures, caption=captions)
+            for k, table in enumerate(table for table in panel.tables if not table.texts):
+                logger.log_table(key=f"report/{panel.key}_{k}", columns=table.head, data=table.rows)
 
 
 def log_settings(loggers: list[Logger], composed: DictConfig, module: SO8TModule) -> None:

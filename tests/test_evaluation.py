@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 from io import StringIO
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
-from sklearn.metrics import f1_score
+from scipy.stats import binom
 
 from so8t.baselines import Baselines
 from so8t.data.cache import PrefixCache
@@ -18,7 +21,6 @@ from so8t.evaluation import (
     Predictions,
     evaluate,
     frozen_features,
-    macro_f1_interval,
     predict,
     print_evaluation,
     write_predictions,
@@ -70,9 +72,9 @@ def by_hand(probabilities, failed=()) -> Predictions:
     return Predictions(p, labels, fail, torch.zeros(n, dtype=torch.bool), torch.full((n,), 0.25), torch.ones(n))
 
 
-def printed(evaluation) -> str:
+def printed(evaluation, width=200) -> str:
     out = StringIO()
-    print_evaluation(evaluation, Console(file=out, width=200))
+    print_evaluation(evaluation, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -221,13 +223,11 @@ def test_baselines_and_constant_classifiers_stand_beside_every_evaluation(full):
     assert list(full.overall) == beside
     text = printed(full)
     assert "the set: 10 rows" in text
-    for title in ("macro-F1", "false allow", "over-refusal", "refuse recall", "escalate recall", "AUROC", "ECE"):
+    for title in ("macro-F1", "false", "allow", "refusal", "recall", "AUROC", "AUPRC", "AURC", "ECE"):
         assert title in text
-    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
-    rows = {cells[0]: cells[1:] for cells in lines}
     for name in beside:
-        assert rows[name][0].split()[0] == f"{full.overall[name]['macro_f1']:.3f}", "the figure before its interval"
-    assert "(benign, sounds dangerous)" in rows
+        assert re.search(rf"^{name} +{full.overall[name]['macro_f1']:.3f} ", text, re.MULTILINE), name
+    assert "(benign, sounds dangerous)" in text
 
 
 def test_by_source_the_baselines_are_printed_too(full):
@@ -250,15 +250,78 @@ def test_without_fitted_baselines_the_constants_are_there_still():
     assert "always REFUSE" in printed(result)
 
 
-def test_the_interval_of_macro_f1_holds_the_score_narrows_with_rows_and_is_a_point_where_nothing_varies():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 600)
-    decisions = np.where(rng.random(600) < 0.7, labels, rng.integers(0, 3, 600))
-    widths = []
-    for rows in (150, 600):
-        low, high = macro_f1_interval(labels[:rows].tolist(), decisions[:rows].tolist())
-        assert low < f1_score(labels[:rows], decisions[:rows], average="macro") < high
-        widths.append(high - low)
-    assert 0.35 < widths[1] / widths[0] < 0.7, "about 1 / sqrt(4)"
-    assert macro_f1_interval([0, 1, 2] * 50, [0, 1, 2] * 50) == (1.0, 1.0)
-    assert macro_f1_interval([], []) is None
+def constants(labels) -> dict[str, dict[str, float]]:
+    records = [Record(f"r{i}", label) for i, label in enumerate(labels)]
+    overall = evaluate("set", records, by_hand([[1 / 3] * 3] * len(labels)), None, None).overall
+    return {who: figures for who, figures in overall.items() if who != "SO8T"}
+
+
+def test_constant_classifiers_get_the_figures_that_a_constant_deserves():
+    table = constants([Label.ALLOW, Label.ALLOW, Label.ESCALATE, Label.REFUSE])
+    assert list(table) == ["always ALLOW", "always ESCALATE", "always REFUSE"]
+    allow, refuse = table["always ALLOW"], table["always REFUSE"]
+    # recall 1, precision 2/4: F1 = 2/3, and two zeros beside it
+    assert allow["macro_f1"] == pytest.approx((2 / 3) / 3)
+    assert (allow["false_allow_rate"], allow["over_refusal_rate"]) == (1.0, 0.0)
+    # recall 1, precision 1/4: F1 = 2/5
+    assert refuse["macro_f1"] == pytest.approx((2 / 5) / 3)
+    assert (refuse["false_allow_rate"], refuse["over_refusal_rate"], refuse["refuse_recall"]) == (0.0, 1.0, 1.0)
+    assert all(figures["auroc_not_allow"] == pytest.approx(0.5) for figures in table.values())
+    assert all(figures["auprc_not_allow"] == pytest.approx(0.5) for figures in table.values()), "the share of such rows"
+    assert (allow["aurc"], refuse["aurc"]) == (0.5, 0.75), "at every coverage the share of rows with another label"
+    assert allow["ece"] == pytest.approx(0.5)
+
+
+@given(st.lists(st.sampled_from(list(Label)), min_size=3, max_size=30).filter(lambda v: len(set(v)) == 3))
+@settings(max_examples=20, deadline=None)
+def test_no_constant_reaches_more_than_a_third_of_macro_f1_when_all_classes_are_there(labels):
+    assert all(figures["macro_f1"] <= 1 / 3 for figures in constants(labels).values())
+
+
+def test_auprc_and_aurc_are_those_of_the_rows_that_did_not_fail():
+    figures = evaluate("set", SIX, by_hand(SCORES, failed={0}), None, None).overall["SO8T"]
+    # by 1 - P(ALLOW): REFUSE, ALLOW (row 1) and ESCALATE together, REFUSE, ALLOW; so precision 1, 2/3, 3/4 at each third
+    assert figures["auprc_not_allow"] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    # by confidence: right (0.9), right (0.8), wrong (0.7), right (0.6), wrong (0.5)
+    assert figures["aurc"] == pytest.approx((0 + 0 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
+
+
+def test_languages_and_forms_have_figures_of_their_own_and_rows_that_tell_none_are_unknown():
+    told = [("en", "question"), ("ja", "question"), ("en", None), (None, "command"), ("en", None), ("ja", "statement")]
+    records = [replace(r, language=language, form=form) for r, (language, form) in zip(SIX, told, strict=True)]
+    result = evaluate("set", records, by_hand(SCORES), None, None)
+    rows = {kind: {group: table["SO8T"]["rows"] for group, table in groups.items()} for kind, groups in result.groups.items()}
+    assert rows["language"] == {"en": 3, "ja": 2, "unknown": 1}
+    assert rows["form"] == {"question": 2, "command": 1, "statement": 1, "unknown": 2}
+    # en: row 0 allowed rightly, row 2 allowed rightly, row 4 allowed wrongly
+    assert result.groups["language"]["en"]["SO8T"]["false_allow_rate"] == 1.0
+    assert result.groups["language"]["ja"]["SO8T"]["over_refusal_rate"] == 1.0
+    plain = result.as_json()
+    assert {kind for kind in plain if kind.startswith("by_")} == {"by_source", "by_language", "by_form"}
+    text = printed(result)
+    assert "language ja" in text
+    assert "form unknown" in text
+
+
+def test_a_group_has_intervals_from_twenty_rows_up_each_over_the_rows_that_it_is_a_share_of():
+    records = [Record(f"r{i}", Label.REFUSE if i < 25 else Label.ALLOW, source="large") for i in range(40)]
+    records += [Record(f"s{i}", Label.REFUSE, source="small") for i in range(19)]
+    result = evaluate("set", records, by_hand([[0.8, 0.1, 0.1]] * 5 + [[0.1, 0.1, 0.8]] * 54), None, None)
+    large, small, everything = (
+        result.intervals_95[kind][group] for kind, group in (("source", "large"), ("source", "small"), ("all", "SO8T"))
+    )
+    low, high = large["false_allow_rate"]
+    assert low < 5 / 25 < high
+    assert binom.cdf(5, 25, high) == pytest.approx(0.025), "Clopper and Pearson"
+    assert large["over_refusal_rate"] is None, "15 ALLOW rows"
+    assert large["macro_f1"] is not None
+    assert set(small.values()) == {None}
+    assert everything["false_allow_rate"][1] - everything["false_allow_rate"][0] < high - low, "44 rows tell more than 25"
+    assert "0.200 [0.07, 0.41]" in printed(result)
+
+
+def test_no_line_of_an_evaluation_is_wider_than_eighty_columns_or_cut(full):
+    text = printed(full, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "always ESCALATE" in text

@@ -1,14 +1,20 @@
 """Loggers: the CSV is always there, and what an offline wandb run holds is read back from its own file."""
 
+import base64
 import csv
 import json
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 from wandb.proto import wandb_internal_pb2
 
+from so8t.report import panels
+from so8t.run_folder import read_run
 from so8t.training import train
 from tests.conftest import QUICK, composed
 
@@ -131,10 +137,27 @@ def test_the_defects_of_every_gate_are_curves_in_wandb(logged_run, wandb_run):
         assert len(theirs[name]) == 5, "steps 0, 3, 6, 9 and 12"
 
 
-def test_the_confusion_matrix_arrives_in_wandb_as_a_picture(logged_run, wandb_run):
-    folder, records = wandb_run
-    pictures = list((folder / "files" / "media" / "images" / "test").glob("confusion*.png"))
-    assert len(pictures) == 1
-    assert pictures[0].read_bytes() == (logged_run / "plots" / "confusion_test.png").read_bytes()
-    told = {name: values for name, values in history(records).items() if "confusion" in name}
-    assert any("image" in str(values[0]) for values in told.values()), told
+def test_the_panels_of_the_report_arrive_in_wandb_as_pictures_and_tables(logged_run, wandb_run):
+    media = wandb_run[0] / "files" / "media"
+    told = history(wandb_run[1])
+    shown = panels(read_run(logged_run))
+    assert {"confusion", "reliability", "trade-off", "risk-coverage", "group", "losses", "gates"} <= {
+        panel.key for panel in shown if panel.pictures
+    }
+    for panel in shown:
+        pictures = list((media / "images" / "report").glob(f"{panel.key}_*.png"))
+        assert len(pictures) == len(panel.pictures), panel.key
+        for picture, ours in zip(pictures, panel.pictures, strict=True):
+            assert np.array_equal(imread(picture), imread(BytesIO(base64.b64decode(ours.base64)))), panel.key
+        assert f"report/{panel.key}" in " ".join(told) or not panel.pictures
+        for k, table in enumerate(table for table in panel.tables if not table.texts):
+            (file,) = (media / "table" / "report").glob(f"{panel.key}_{k}_*.table.json")
+            theirs = json.loads(file.read_text(encoding="utf-8"))
+            assert (theirs["columns"], theirs["data"]) == (table.head, table.rows)
+
+
+def test_no_request_is_sent_to_wandb(logged_run, wandb_run):
+    requests = [row.user_request for row in read_run(logged_run).predictions["test"].rows]
+    texts = b"".join(path.read_bytes() for path in wandb_run[0].rglob("*") if path.is_file())
+    assert b"by source" in texts or b"by_source" in texts or b"macro-F1" in texts
+    assert not [request for request in requests if request.encode() in texts]

@@ -11,7 +11,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from so8t.labels import LABELS, Label
-from so8t.metrics import SafetyMetrics, constant_baselines, flicker
+from so8t.metrics import SafetyMetrics, flicker
 
 A, E, R = Label.ALLOW, Label.ESCALATE, Label.REFUSE
 
@@ -273,26 +273,3 @@ def test_a_steady_decision_does_not_flicker_and_a_single_token_cannot():
     mean, changes = flicker(steady, short)
     assert math.isnan(mean.item())
     assert changes.item() == 0.0
-
-
-# -- constants ---------------------------------------------------------------------------------------------------------
-
-
-def test_constant_classifiers_get_the_figures_that_a_constant_deserves():
-    table = constant_baselines([A, A, E, R])
-    assert list(table) == ["always ALLOW", "always ESCALATE", "always REFUSE"]
-    allow, refuse = table["always ALLOW"], table["always REFUSE"]
-    # recall 1, precision 2/4: F1 = 2/3, and two zeros beside it
-    assert allow["macro_f1"] == pytest.approx((2 / 3) / 3)
-    assert (allow["false_allow_rate"], allow["over_refusal_rate"]) == (1.0, 0.0)
-    # recall 1, precision 1/4: F1 = 2/5
-    assert refuse["macro_f1"] == pytest.approx((2 / 5) / 3)
-    assert (refuse["false_allow_rate"], refuse["over_refusal_rate"], refuse["refuse_recall"]) == (0.0, 1.0, 1.0)
-    assert all(table[name]["auroc_not_allow"] == pytest.approx(0.5) for name in table)
-    assert allow["ece"] == pytest.approx(0.5)
-
-
-@given(st.lists(st.sampled_from(list(Label)), min_size=3, max_size=30).filter(lambda v: len(set(v)) == 3))
-@settings(max_examples=20, deadline=None)
-def test_no_constant_reaches_more_than_a_third_of_macro_f1_when_all_classes_are_there(labels):
-    assert all(figures["macro_f1"] <= 1 / 3 for figures in constant_baselines([int(v) for v in labels]).values())

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from so8t.cli import main
 from so8t.errors import ArtefactError
-from so8t.report import render
+from so8t.report import panels, render
 from so8t.run_folder import read_run
 
 PICTURES = {
-    "setup": 0, "metrics": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1, "group": 1, "losses": 1,
+    "setup": 0, "metrics": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1, "robustness": 0,
+    "group": 1, "losses": 1,
     "gates": 1, "mistakes": 0,
 }  # fmt: skip
 """Of a run that has a test split and no unseen sources."""
@@ -88,7 +89,18 @@ def test_every_panel_has_its_picture_and_the_missing_set_is_named(run, capsys):
     for key in ("reliability", "trade-off", "risk-coverage", "mistakes"):
         assert "unseen_predictions.jsonl" in page.text[key]
     figures = json.loads((run / "test.json").read_text())["metrics"]
-    assert f"{figures['macro_f1']:.3f} [" in page.text["metrics"]
+    assert {f"{figures[key]:.3f}" for key in ("macro_f1", "auprc_not_allow", "aurc")} <= set(page.cells)
+
+
+def test_groups_are_shown_with_their_intervals(run):
+    scores = json.loads((run / "test.json").read_text())
+    scores["intervals_95"]["form"]["unknown"]["macro_f1"] = [0.111, 0.888]
+    (run / "test.json").write_text(json.dumps(scores))
+    shown = {table.title: table.rows for table in panels(read_run(run))[1].tables}
+    (title,) = (title for title in shown if "by form" in title)
+    assert shown[title][0][0] == "unknown", "these rows tell no form"
+    assert any(cell.endswith(" [0.11, 0.89]") for cell in shown[title][0])
+    assert any("by language" in title for title in shown)
 
 
 def test_the_page_has_no_script_and_loads_nothing(run):
@@ -123,7 +135,7 @@ def test_markup_in_a_request_and_in_the_settings_is_shown_and_does_nothing(run):
         ("config.yaml", ["setup"]),
         ("csv/metrics.csv", ["group", "losses"]),
         ("test.json", ["metrics", "confusion"]),
-        ("test_predictions.jsonl", ["metrics", "reliability", "trade-off", "risk-coverage", "mistakes"]),
+        ("test_predictions.jsonl", ["reliability", "trade-off", "risk-coverage", "mistakes"]),
         ("adapter/adapter.safetensors", ["setup", "gates"]),
     ],
 )

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from so8t.commands.types import inside_unit, positive
-from so8t.errors import ArtefactError
 from so8t.labels import LABELS, Label
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from so8t.calibration import Target, adapter_digest, fit_policy, halves, save_policy
     from so8t.data.records import read_jsonl
     from so8t.evaluation import predict
+    from so8t.training import data_of
 
     console = Console(stderr=args.json, soft_wrap=True)
     folder = find_adapter(args.run)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         for line in report.skipped:
             console.print(f"left out: {escape(line)}")
     else:
-        records, rows_from = validation_rows(folder.parent), "validation split"
+        records, rows_from = data_of(folder.parent).val, "validation split"
         console.print(
             "rows: the run's validation split. The best model was selected on it, so what is promised is a little "
             "optimistic; rows that were never used, given with --data, make it clean"
@@ -98,26 +98,6 @@ def run(args: argparse.Namespace) -> None:
         return
     print_policy(policy, records, predictions, split[1].tolist(), console)
     console.print(f"policy: {escape(str(path))}; `so8t ask` and `so8t evaluate` decide by it from now on")
-
-
-def validation_rows(run: Path) -> list[Record]:
-    """The rows that a run was validated on, split again as its config.yaml says.
-
-    Raises:
-        ArtefactError: there is no config.yaml.
-    """
-    from omegaconf import DictConfig, OmegaConf
-
-    from so8t.config import validate
-    from so8t.training import load_data
-
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ArtefactError(f"{path}: no such file, so the run's validation rows are not known: name rows with --data")
-    saved = OmegaConf.load(path)
-    if not isinstance(saved, DictConfig):
-        raise ArtefactError(f"{path}: not a run's configuration: name rows with --data")
-    return load_data(validate(saved)).val
 
 
 def print_policy(policy: Policy, records: list[Record], raw: Predictions, rows: list[int], console: Console) -> None:
