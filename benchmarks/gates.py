@@ -1,6 +1,6 @@
 """What the gates are worth: the default run's head, data, loss and steps with gates, without (`gate=none`), and with PEFT LoRA.
 
-    .venv/bin/python -m benchmarks.gates [--seeds 0 1 2] [--variants gates none lora] [OVERRIDE ...]
+    .venv/bin/python -m benchmarks.gates [--seeds 0 1 2] [--variants gates none lora triality commutator] [OVERRIDE ...]
 
 Every variant is trained by the project's own `SO8TModule` and trainer, selected by its own validation, and scored on the mixed
 test split and on the unseen source; TF-IDF and the frozen probe, fitted on the same rows, stand beside them. The prefix is
@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import f1_score
@@ -43,6 +44,8 @@ CPU = torch.device("cpu")
 PEERS = {
     "gates": Peer("SO(8) gates"),
     "none": Peer("same head,\nno gates", NO_GATES),
+    "triality": Peer("SO(8) gates,\ntriality", ("gate.triality=true", "loss.task_weight=0")),
+    "commutator": Peer("SO(8) gates,\ncommutator", ("head.commutator=true", "loss.task_weight=0")),
     "lora": Peer("LoRA r = 8", (*NO_GATES, *ADAPTER_RATE), lora(8)),
 }
 
@@ -145,7 +148,9 @@ def main() -> None:
     before = json.loads(file.read_text(encoding="utf-8")) if args.keep else None
     settings = OmegaConf.to_container(composed(args.overrides, Path("outputs")), resolve=True)
     if before:
-        other = [part for part in ("gate", "head", "loss", "pet", "optim") if before["config"][part] != settings[part]]
+        parts = {part: getattr(config, part) for part in ("gate", "head", "loss", "pet", "optim")}
+        # as specs: a key that came later is at its default there
+        other = [p for p, now in parts.items() if TypeAdapter(type(now)).validate_python(before["config"][p]) != now]
         if other or before["rows"] != rows:
             raise SystemExit(f"{file} holds runs of other settings ({', '.join(other) or 'rows'}): give --name another name")
     out = {

@@ -170,6 +170,10 @@ def _check_together(config: Config) -> None:
         problems.append("loss.safety_weight and loss.cost_weight are both 0: nothing teaches the head")
     if gate.interior == "both" and not gate.last and loss.task_weight:
         problems.append("gate.last=false leaves no R_cmd for the task loss: set loss.task_weight=0")
+    if (gate.triality or config.head.commutator) and not gate.last:
+        problems.append("gate.triality and head.commutator are about the last gate: set gate.last=true")
+    if gate.triality and gate.map != "exp":
+        problems.append(f"gate.triality=true needs gate.map=exp: {gate.map} does not carry from V to S+ and S-")
     if gate.interior != "none" and not gate.sites:
         problems.append("gate.sites is empty: name o_proj or down_proj, or set gate.interior=none")
     if not config.head.reads:

@@ -111,7 +111,15 @@ def absorbed_head(model: SO8TModel) -> dict[str, Tensor]:
     """The safety head as one linear map `weight` `[3, parts * D]`, `bias` `[3]` of unit-RMS features, without shift and scale.
 
     `W (R f - s) c + b = (W c R) f + (b - W c s)`; only columns that read the final norm are turned.
+
+    Raises:
+        ArtefactError: the head reads more than states.
     """
+    if model.gates.command_is_read:
+        raise ArtefactError(
+            "with gate.triality or head.commutator the head reads figures that are not linear in a state of the base: "
+            "an exported linear map would decide otherwise; export the adapter instead (--to adapter)"
+        )
     head = model.head
     weight = head.linear.weight.detach().double() * head.scale.double()
     bias = head.linear.bias.detach().double() - weight @ head.shift.double()
@@ -245,16 +253,17 @@ def export_hf(agent: Agent, target: Path, *, dtype: torch.dtype = torch.float32)
 
     Raises:
         SO8TError: `target` is taken.
-        ArtefactError: nothing to absorb, a base that needs code of its own, or the result differs from the agent.
+        ArtefactError: nothing to absorb, a base or a head that needs code of its own, or the result differs from the agent.
     """
     model, base = agent.model, agent.model.base
     if base.spec.trust_remote_code:
         raise ArtefactError(f"base {base.spec.name} needs code of its own: an export would not be a plain checkpoint")
     settings = json.loads((agent.folder / "adapter.json").read_text(encoding="utf-8"))
+    head = absorbed_head(model)
     with whole_folder(target) as folder:
         plain_model(base, model.gates, dtype).save_pretrained(folder)
         agent.template.tokenizer.save_pretrained(folder)
-        write_bytes(folder / "safety_head.safetensors", save(absorbed_head(model)))
+        write_bytes(folder / "safety_head.safetensors", save(head))
         write_json(folder / "safety_head.json", head_settings(agent, settings["template"]["system_prompt"]))
         shutil.copyfile(exported.__file__, folder / "safety_head.py")
         copy_files(agent.folder, folder, OPTIONAL_FILES)

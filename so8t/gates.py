@@ -1,4 +1,4 @@
-"""Rotation gates: one trainable `Rotation`, the `NonCommutativeGate` after the final norm, and gates inside a base.
+"""Rotation gates: one trainable `Rotation`, the gate after the final norm (with or without triality), and gates inside a base.
 
 Interior gates turn the output of `o_proj` and `down_proj` in the top layers: frozen non-linear layers follow them, so
 they cannot be absorbed into a trainable one. They are attached as forward hooks, act on a layer's output (so they never
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +18,7 @@ from so8t.base import SplitBase
 from so8t.errors import ConfigError
 from so8t.so8 import COORDS, DIM, MAPS, block_count, commutator_norm, determinant_drift, orthogonality_defect, rotate
 from so8t.specs import Positive, PositiveInt, spec
+from so8t.triality import D_SIGMA_MINUS, D_SIGMA_PLUS, carry, trilinear_form
 
 Blocks = Literal["independent", "shared", "leading"]
 MapName = Literal["exp", "cayley"]
@@ -29,7 +31,7 @@ _PARENT = {"o_proj": "self_attn", "down_proj": "mlp"}
 @spec
 class GateSpec:
     """What `conf/gate` says: where the gates are and how they are parametrised. `last=false` and `interior=none`
-    together is the head without gates."""
+    together is the head without gates; `triality` makes the last gate a `TrialityGate`."""
 
     interior: Interior = "safe"
     last: bool = True
@@ -38,6 +40,7 @@ class GateSpec:
     blocks: Blocks = "independent"
     map: MapName = "exp"
     init_std: Positive = 1e-3
+    triality: bool = False
 
 
 class Rotation(nn.Module):
@@ -56,15 +59,40 @@ class Rotation(nn.Module):
         self.coords = nn.Parameter(torch.randn(count, COORDS) * spec.init_std)
         self._computed: Tensor | None = None
 
+    def coordinates(self) -> Tensor:
+        """What the map is taken of: `[n, 28]`."""
+        return self.coords
+
     def matrix(self) -> Tensor:
         """`R`: `[n, 8, 8]` in float64, differentiable in the coordinates."""
-        return self.map(self.coords) if self._computed is None else self._computed
+        return self.map(self.coordinates()) if self._computed is None else self._computed
 
     def forward(self, x: Tensor, *, in_place: bool = False) -> Tensor:
         """`y = R x`: `[..., D] -> [..., D]`, in the dtype of `x`."""
         if not self.leading:
             return rotate(x, self.matrix(), in_place=in_place)
         return torch.cat([rotate(x[..., :DIM], self.matrix()), x[..., DIM:]], dim=-1)
+
+    def directions(self, x: Tensor) -> Tensor:
+        """The blocks of `x` that this rotation turns, scaled to length 1: `[..., D] -> [..., n, 8]`, at least in float32."""
+        x = x[..., :DIM] if self.leading else x
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:-1], -1, DIM), dim=-1)
+
+
+class LinkedRotation(Rotation):
+    """`exp(d_sigma A)` for the `A` of another rotation: the same element of Spin(8) in another representation."""
+
+    d_sigma: Tensor
+
+    def __init__(self, source: Rotation, d_sigma: Tensor, spec: GateSpec):
+        super().__init__(source.width, spec)
+        self.register_parameter("coords", None)  # it has none of its own
+        self._source = (source,)  # in a tuple, so that the parameter is listed once, where it belongs
+        self.register_buffer("d_sigma", d_sigma.clone(), persistent=False)
+
+    def coordinates(self) -> Tensor:
+        """`d_sigma A`: `[n, 28]` in float64."""
+        return carry(self._source[0].coords, self.d_sigma)
 
 
 class NonCommutativeGate(nn.Module):
@@ -88,6 +116,44 @@ class NonCommutativeGate(nn.Module):
         tapped = self.tap(x)
         return tapped, self.command(tapped)
 
+    def commutator(self, x: Tensor) -> Tensor:
+        """How much the order matters to each block of `x`: `|C x| / |x|` with `C = R_safe R_cmd - R_cmd R_safe`, scaled to the
+        norm of the identity: `[..., D] -> [..., n]`.
+
+        `||C||_F` is the same for every `x`; without it the mean square over all directions is 1, however small the rotations.
+        """
+        safe, command = self.safe.matrix(), self.cmd.matrix()
+        c = safe @ command - command @ safe
+        c = c * (DIM**0.5 / torch.linalg.matrix_norm(c, keepdim=True).clamp(min=1e-12))  # less than this is rounding
+        x = self.safe.directions(x)
+        return torch.linalg.vector_norm(torch.einsum("nij,...nj->...ni", c.to(x.dtype), x), dim=-1)
+
+
+class TrialityGate(NonCommutativeGate):
+    """One `A` a block for three linked rotations: `R_cmd = exp(A)` on V, `R_safe = exp(d_sigma+ A)` on S+, and the authority's
+    `exp(d_sigma- A)` on S-.
+
+    A linear reading of the authority's view would be absorbed by the head, and the invariant form of three views of one state
+    does not depend on `A`. `authority_form` is neither.
+
+    Raises:
+        ConfigError: the map is not `exp`; Cayley rotations of linked coordinates are not linked.
+    """
+
+    def __init__(self, width: int, spec: GateSpec):
+        if spec.map != "exp":
+            raise ConfigError(f"gate.triality=true needs gate.map=exp: {spec.map} does not carry from V to S+ and S-")
+        super().__init__(width, spec)
+        self.safe = LinkedRotation(self.cmd, D_SIGMA_PLUS, spec)
+        self.authority = LinkedRotation(self.cmd, D_SIGMA_MINUS, spec)
+
+    def authority_form(self, x: Tensor, tapped: Tensor, context: Tensor) -> Tensor:
+        """`t(x, R_safe x, R_authority c)` of directions: the state, its safety view, and the authority's view of what the state
+        is held against: three `[..., D] -> [..., n]`, in [-1, 1]. By invariance it is `t(R_cmd^T x, x, c)`.
+        """
+        v, plus, minus = (self.cmd.directions(y) for y in (x, tapped, self.authority(context)))
+        return trilinear_form(v, plus, minus)
+
 
 class InteriorGate(nn.Module):
     """A gate on the output of one frozen projection: `R_safe`, or `R_cmd R_safe` with `interior=both`."""
@@ -106,12 +172,19 @@ class InteriorGate(nn.Module):
 class GateSet(nn.Module):
     """All gates of one agent, by name (`interior.26_o_proj`, `last`), and the hooks that put them into a base.
 
+    Args:
+        command_is_read: decisions depend on the last `R_cmd`, as they always do with triality. It is on the safety side then:
+            were it only detached from the safety loss, what the task loss makes of it would still reach every decision.
+
     Raises:
-        ConfigError: no known site is named, or more layers are asked for than the base has.
+        ConfigError: no known site is named, more layers are asked for than the base has, or there is no last gate to be read.
     """
 
-    def __init__(self, spec: GateSpec, base: SplitBase):
+    def __init__(self, spec: GateSpec, base: SplitBase, *, command_is_read: bool = False):
         super().__init__()
+        self.command_is_read = command_is_read or spec.triality
+        if self.command_is_read and not spec.last:
+            raise ConfigError("gate.triality and head.commutator are about the last gate: set gate.last=true")
         if spec.interior != "none" and (not spec.sites or set(spec.sites) - set(_PARENT)):
             raise ConfigError(f"gate.sites={list(spec.sites)}: choose from {sorted(_PARENT)}")
         self.spec = spec
@@ -120,7 +193,8 @@ class GateSet(nn.Module):
             for layer in range(base.depth - spec.top_layers, base.depth):
                 for site in spec.sites:
                     self.interior[f"{layer}_{site}"] = InteriorGate(base.hidden_size, spec)
-        self.last = NonCommutativeGate(base.hidden_size, spec) if spec.last else None
+        kind = TrialityGate if spec.triality else NonCommutativeGate
+        self.last = kind(base.hidden_size, spec) if spec.last else None
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -145,14 +219,15 @@ class GateSet(nn.Module):
 
     @contextmanager
     def computed_once(self) -> Iterator[None]:
-        """Inside, every rotation of the safety side keeps the matrix that it has at the entrance, all of them from one batched
-        map: for a step, or an answer, during which no coordinate changes. Not around checkpointed layers, whose second run
-        comes when this is over. The last `R_cmd` stays out: nothing of the task side enters what the safety side computes."""
-        safety = {id(p) for p in self.safety_parameters()}
-        rotations = [r for _, r in self.rotations() if id(r.coords) in safety and r._computed is None]
+        """Inside, every rotation but one keeps the matrix that it has at the entrance, all of them from one batched map: for a
+        step, or an answer, during which no coordinate changes. Not around checkpointed layers, whose second run comes when this
+        is over. The last `R_cmd` stays out: the task loss runs it a second time too, and nothing of the task side enters what
+        the safety side computes."""
+        rotations = [r for name, r in self.rotations() if name != "last.cmd" and r._computed is None]
         if rotations:
-            matrices = rotations[0].map(torch.cat([r.coords for r in rotations]))
-            for rotation, matrix in zip(rotations, torch.split(matrices, [len(r.coords) for r in rotations]), strict=True):
+            coordinates = [r.coordinates() for r in rotations]
+            matrices = rotations[0].map(torch.cat(coordinates))
+            for rotation, matrix in zip(rotations, torch.split(matrices, [len(c) for c in coordinates]), strict=True):
                 rotation._computed = matrix
         try:
             yield
@@ -167,12 +242,13 @@ class GateSet(nn.Module):
                 yield name, module
 
     def safety_parameters(self) -> list[nn.Parameter]:
-        """Coordinates that safety decisions depend on: all but the last gate's `R_cmd`."""
-        return [r.coords for name, r in self.rotations() if name != "last.cmd"]
+        """Coordinates that safety decisions depend on: all but those of the command side."""
+        command = {id(p) for p in self.command_parameters()}
+        return [p for p in self.parameters() if id(p) not in command]
 
     def command_parameters(self) -> list[nn.Parameter]:
-        """Coordinates of the last gate's `R_cmd`, the only ones that the task loss reaches by default."""
-        return [self.last.cmd.coords] if self.last is not None else []
+        """The command side, all that the task loss reaches by default: the last `R_cmd`, unless decisions depend on it."""
+        return [self.last.cmd.coords] if self.last is not None and not self.command_is_read else []
 
     @torch.no_grad()
     def invariants(self) -> dict[str, dict[str, float]]:

@@ -100,12 +100,15 @@ class SO8TModule(L.LightningModule):
         return self.model(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))
 
     def task_loss(self, task: TaskBatch) -> tuple[Tensor, int]:
-        """Language-model loss of answers and rationales; by default only the last `R_cmd` is reached."""
+        """Language-model loss of answers and rationales; by default only the command side is reached, and where
+        there is none the loss is measured and trains nothing."""
         frozen_side = self.loss_spec.task_reaches == "cmd"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_side):
             hidden = self.model.prefix(task.tokens, task.mask)
             safe = self.model.trunk(hidden, task.mask)[0]
-        return language_model_loss(safe, task.targets, self.model.task_logits, chunk=self.loss_spec.task_chunk)
+        trains = not frozen_side or bool(self.model.gates.command_parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            return language_model_loss(safe, task.targets, self.model.task_logits, chunk=self.loss_spec.task_chunk)
 
     # -- training ------------------------------------------------------------------------------------------------------
 

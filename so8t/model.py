@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from so8t.base import SplitBase, layer_at
 from so8t.errors import ConfigError
-from so8t.gates import GateSet, GateSpec
+from so8t.gates import GateSet, GateSpec, TrialityGate
 from so8t.labels import FAIL_CLOSED, LABELS
+from so8t.so8 import block_count
 from so8t.specs import Fraction, ProperFraction, spec
 
 
@@ -20,12 +21,15 @@ class HeadSpec:
     """What the safety head reads.
 
     `reads`: `last` (the `R_safe` view of the final norm), and fractions of the base's depth whose layer's output is read (0.6:
-    layer 18 of 30); below the cut they are frozen. `pooling`: the token itself, the mean of all tokens up to it, or both; all
-    of them causal. `standardise` brings every feature to mean 0 and standard deviation 1 over some training rows, measured once
-    before training: a few outlier dimensions of the base would otherwise drown the rest.
+    layer 18 of 30); below the cut they are frozen. `commutator`: how much the order of the last pair matters to each block of
+    the state. With `gate.triality` it reads the authority as well: the form of state, safety view and authority's view of the
+    mean state so far. `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal. `standardise`
+    brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
+    outlier dimensions of the base would otherwise drown the rest.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
+    commutator: bool = False
     pooling: Literal["token", "mean", "both"] = "both"
     standardise: bool = True
     dropout: ProperFraction = 0.0
@@ -85,43 +89,49 @@ def decide(logits: Tensor, *, min_confidence: float = 0.0) -> Decisions:
 
 
 class SafetyHead(nn.Module):
-    """One linear map from what it reads, shifted and scaled per feature, to three logits."""
+    """One linear map from what it reads, shifted and scaled per feature, to three logits.
+
+    Args:
+        width: of each state that is read.
+        more: how many figures of the last gate are read behind the states, all reads together.
+    """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, width: int, spec: HeadSpec):
+    def __init__(self, width: int, spec: HeadSpec, more: int = 0):
         super().__init__()
         self.spec = spec
-        parts = len(spec.reads) * (2 if spec.pooling == "both" else 1)
+        count = (len(spec.reads) * width + more) * (2 if spec.pooling == "both" else 1)
         self.dropout = nn.Dropout(spec.dropout)
-        self.linear = nn.Linear(parts * width, len(LABELS))
+        self.linear = nn.Linear(count, len(LABELS))
         nn.init.normal_(self.linear.weight, std=0.001 if spec.standardise else 0.01)
         nn.init.zeros_(self.linear.bias)
-        self.register_buffer("shift", torch.zeros(parts * width))
-        self.register_buffer("scale", torch.ones(parts * width))
+        self.register_buffer("shift", torch.zeros(count))
+        self.register_buffer("scale", torch.ones(count))
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Measures shift and scale on rows at their decision positions: `[N, parts * D]`. A feature that hardly varies is left
+        """Measures shift and scale on rows at their decision positions: `[N, features]`. A feature that hardly varies is left
         as wide as it is."""
         deviation = features.std(0, correction=0)
         self.shift.copy_(features.mean(0))
         self.scale.copy_(torch.where(deviation > 1e-4, 1 / deviation.clamp(min=1e-4), 1.0))
 
     def features(self, reads: list[Tensor], mask: Tensor) -> Tensor:
-        """What the linear map sees: list of `[B, T, D]` and `[B, T]` to `[B, T, parts * D]`, float32."""
+        """What the linear map sees: list of `[B, T, width]` and `[B, T]` to `[B, T, features]`, float32."""
         columns: list[Tensor] = []
-        for read in reads:
-            state = unit_rms(read)
+        for index, read in enumerate(reads):
+            scaled = unit_rms if index < len(self.spec.reads) else Tensor.float  # figures of a gate have a scale of their own
+            state = scaled(read)
             if self.spec.pooling != "mean":
                 columns.append(state)
             if self.spec.pooling != "token":
-                columns.append(unit_rms(causal_mean(state, mask)))
+                columns.append(scaled(causal_mean(state, mask)))
         return torch.cat(columns, dim=-1)
 
     def forward(self, reads: list[Tensor], mask: Tensor) -> Tensor:
-        """Token-level logits: list of `[B, T, D]` and `[B, T]` to `[B, T, 3]`."""
+        """Token-level logits: list of `[B, T, width]` and `[B, T]` to `[B, T, 3]`."""
         return self.linear(self.dropout((self.features(reads, mask) - self.shift) * self.scale))
 
 
@@ -130,7 +140,7 @@ class SO8TModel(nn.Module):
     `R_cmd`.
 
     Raises:
-        ConfigError: the head reads nothing, or a layer twice.
+        ConfigError: the head reads nothing, a layer twice, or a last gate that is not there.
     """
 
     def __init__(self, base: SplitBase, gate: GateSpec, head: HeadSpec):
@@ -141,12 +151,13 @@ class SO8TModel(nn.Module):
         self.layers = layers
         self.below = tuple(layer for layer in layers if layer is not None and layer < base.depth - base.cut)
         self.base = base
-        self.gates = GateSet(gate, base).to(base.device)
-        self.head = SafetyHead(base.hidden_size, head).to(base.device)
+        self.gates = GateSet(gate, base, command_is_read=head.commutator).to(base.device)
+        turned = 1 if gate.blocks == "leading" else block_count(base.hidden_size)
+        self.head = SafetyHead(base.hidden_size, head, (gate.triality + head.commutator) * turned).to(base.device)
         self.gates.attach(base)
 
     def safety_side(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters that decisions depend on: every gate but the last `R_cmd`, and the head."""
+        """Named parameters that decisions depend on: every gate but those of the command side, and the head."""
         wanted = {id(p) for p in self.gates.safety_parameters()} | {id(p) for p in self.head.parameters()}
         return ((name, p) for name, p in self.named_parameters() if id(p) in wanted)
 
@@ -168,9 +179,14 @@ class SO8TModel(nn.Module):
         with self.gates_computed_once():
             top, kept = self.base.suffix(at_cut, mask, keep, lead=lead)
             state = self.base.final_norm(top)
-            safe = self.gates.last.tap(state) if self.gates.last is not None else state
+            last, of_gate = self.gates.last, []
+            safe = last.tap(state) if last is not None else state
+            if isinstance(last, TrialityGate):
+                of_gate.append(last.authority_form(state, safe, causal_mean(state, mask)))
+            if last is not None and self.head.spec.commutator:
+                of_gate.append(last.commutator(state))
         states = dict(zip(self.below, below, strict=True)) | {first + k: state for k, state in kept.items()}
-        return safe, [safe if layer is None else states[layer] for layer in self.layers]
+        return safe, [safe if layer is None else states[layer] for layer in self.layers] + of_gate
 
     def forward(self, hidden: Tensor, mask: Tensor, *, lead: int = 0) -> SafetyOutput:
         """Safety pass from the prefix's output: `[B, T, (1 + n) D], [B, T] ->` logits `[B, T, 3]` and the safe view."""

@@ -22,6 +22,7 @@ from so8t.labels import LABELS, Label
 from so8t.plots import Series, read_metrics
 from so8t.robustness import Wrapped
 from so8t.so8 import MAPS
+from so8t.triality import D_SIGMA_MINUS, D_SIGMA_PLUS, carry
 
 CONFIG, METRICS, TENSORS, ADAPTER = "config.yaml", "csv/metrics.csv", "adapter/adapter.safetensors", "adapter/adapter.json"
 ROBUSTNESS = "robustness.json"
@@ -208,6 +209,9 @@ def _gates(folder: Path) -> tuple[dict[str, Floats] | None, dict[str, int] | Non
         if found := re.fullmatch(r"gates\.([\w.]+)\.(safe|cmd)\.coords", name):
             angles[f"{found[1]} {found[2]}".removeprefix("interior.")] = matrix_angle(to_rotation(tensor)).numpy()
             trained[f"R_{found[2]}"] += tensor.numel()
+            if found[1] == "last" and told["gate"].get("triality"):
+                for name, d_sigma in (("safe", D_SIGMA_PLUS), ("authority", D_SIGMA_MINUS)):
+                    angles[f"last {name}"] = matrix_angle(to_rotation(carry(tensor, d_sigma))).numpy()
         elif name.startswith("head.") and name not in ("head.shift", "head.scale"):  # those two are measured, not trained
             trained["head"] += tensor.numel()
     return angles, trained

@@ -342,7 +342,8 @@ def print_model(module: SO8TModule, console: Console) -> None:
     console.print(
         f"base: {base['name']} ({base['architecture']}, {base['layers']} layers, hidden {base['hidden_size']}, "
         f"{base['quantization']}), frozen; gates in the top {module.model.base.cut} layers\n"
-        f"trained: {groups['gates_safe']:,} R_safe coordinates, {groups['gates_cmd']:,} R_cmd, {groups['head']:,} in the head"
+        f"trained: {groups['gates_safe']:,} coordinates on the safety side, {groups['gates_cmd']:,} on the command side, "
+        f"{groups['head']:,} in the head"
     )
 
 

@@ -70,7 +70,7 @@ def test_no_option_swaps_the_order():
     import dataclasses
 
     assert {f.name for f in dataclasses.fields(GateSpec)} == {
-        "interior", "last", "top_layers", "sites", "blocks", "map", "init_std",
+        "interior", "last", "top_layers", "sites", "blocks", "map", "init_std", "triality",
     }  # fmt: skip
 
 

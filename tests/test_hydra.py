@@ -57,7 +57,7 @@ def test_a_run_leaves_its_config_metrics_adapter_and_plots(whole):
 def test_a_run_prints_its_data_its_baselines_and_how_to_ask_it(whole):
     run, done = whole
     told = " ".join(done.stdout.split())
-    for text in ("rows by source", "R_safe coordinates", "mixed test split", "TF-IDF", "always", "so8t ask"):
+    for text in ("rows by source", "on the safety side", "mixed test split", "TF-IDF", "always", "so8t ask"):
         assert text in told, text
     assert str(run).replace("-", "") in told.replace("-", "").replace(" ", "")
     assert "Traceback" not in done.stderr

@@ -55,7 +55,14 @@ def test_the_plan_is_within_a_tenth_of_what_a_real_nf4_step_allocates(real_base)
         assert total - there == pytest.approx(above[phase], rel=0.1), phase
 
 
-@pytest.mark.parametrize("overrides", [("loss.task_weight=0",), ("loss.task_reaches=all", "pet.target=hidden")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("loss.task_weight=0",),
+        ("loss.task_reaches=all", "pet.target=hidden"),
+        ("gate.triality=true", "head.commutator=true"),
+    ],
+)
 def test_it_is_so_for_other_losses_and_a_random_base(overrides):
     settings = config(*SMALL, "data.max_length=64", "data.batch_size=4", "data.eval_batch_size=4", *overrides)
     there, above = benchmarks.memory.measure_cpu(settings, load_base(settings.base, cut=2))
