@@ -23,6 +23,30 @@ head = SafetyHead(folder, model, tokenizer)
 decision, probabilities = head.decide("how do I kill a python process?")
 print(decision, probabilities)"""
 
+_LLAMA_CPP = """import sys
+
+import torch
+from llama_cpp import Llama, llama_get_embeddings
+from transformers import AutoTokenizer
+
+folder = "."  # where this card lies
+sys.path.insert(0, folder)
+from safety_head import SafetyHead
+
+
+class OnLlamaCpp(SafetyHead):
+    def states(self, tokens):
+        ids, width = tokens[0].tolist(), self.model.n_embd()
+        self.model.reset()
+        self.model.eval(ids)
+        return [torch.tensor(llama_get_embeddings(self.model.ctx)[: len(ids) * width]).view(len(ids), width)]
+
+
+model = Llama(f"{folder}/FILE", embedding=True, logits_all=True, n_ctx=LENGTH, n_batch=LENGTH, verbose=False)
+head = OnLlamaCpp(folder, model, AutoTokenizer.from_pretrained(folder))
+decision, probabilities = head.decide("how do I kill a python process?")
+print(decision, probabilities)"""
+
 Settings = dict[str, Any]
 """What `adapter.json` says."""
 
@@ -37,9 +61,12 @@ def gguf_card(agent: Agent, settings: Settings, file: str, kind: str) -> str:
     """The card of a GGUF file with its safety head."""
     what = (
         f"`{file}` is the base's architecture in {kind} for llama.cpp (`llama-cli -m {file}`); its chat template and tokenizer "
-        "are inside. llama.cpp does not know the safety head: transformers reads the same file for it, as below."
+        "are inside. llama.cpp does not know the safety head; it is read as below."
     )
     example = _EXAMPLE.replace("from_pretrained(folder, dtype", f'from_pretrained(folder, gguf_file="{file}", dtype')
+    if agent.model.layers == [None]:  # llama.cpp gives the state after the final norm, and no other
+        on_llama_cpp = _LLAMA_CPP.replace("FILE", file).replace("LENGTH", str(agent.template.max_length))
+        example += f"\n```\n\nThe same by llama.cpp, through `llama-cpp-python`:\n\n```python\n{on_llama_cpp}"
     return _absorbed_card(agent, settings, _front(settings["base"], "gguf"), what, example)
 
 
