@@ -64,6 +64,8 @@ def compared(agent: Agent, folder: Path, records: Sequence[Record], kind: str) -
         moved += int((ours.argmax(-1) != theirs.argmax(-1)).sum())
         tokens_seen += len(ours)
         decided = agent.model.decide(output, torch.tensor([tokens.shape[1] - 1]))
+        if agent.policy is not None:
+            decided = agent.policy.apply(decided)
         label, by_label = head.decide(record.user_request, record.context)
         probabilities = torch.tensor([list(by_label.values())])
         probability = max(probability, (probabilities - decided.probabilities).abs().max().item())

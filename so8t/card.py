@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from so8t import exported
+from so8t.adapter import Agent
+from so8t.evaluation import SHOWN
 
-_EXAMPLE = """```python
-import sys
+_EXAMPLE = """import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,36 +21,65 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 head = SafetyHead(folder, model, tokenizer)
 decision, probabilities = head.decide("how do I kill a python process?")
-print(decision, probabilities)
-```"""
+print(decision, probabilities)"""
 
-_SHOWN = (
-    ("macro_f1", "macro-F1"),
-    ("false_allow_rate", "false allow"),
-    ("over_refusal_rate", "over-refusal"),
-    ("refuse_recall", "refuse recall"),
-    ("escalate_recall", "escalate recall"),
-)
+_LLAMA_CPP = """import sys
+
+import torch
+from llama_cpp import Llama, llama_get_embeddings
+from transformers import AutoTokenizer
+
+folder = "."  # where this card lies
+sys.path.insert(0, folder)
+from safety_head import SafetyHead
+
+
+class OnLlamaCpp(SafetyHead):
+    def states(self, tokens):
+        ids, width = tokens[0].tolist(), self.model.n_embd()
+        self.model.reset()
+        self.model.eval(ids)
+        return [torch.tensor(llama_get_embeddings(self.model.ctx)[: len(ids) * width]).view(len(ids), width)]
+
+
+model = Llama(f"{folder}/FILE", embedding=True, logits_all=True, n_ctx=LENGTH, n_batch=LENGTH, verbose=False)
+head = OnLlamaCpp(folder, model, AutoTokenizer.from_pretrained(folder))
+decision, probabilities = head.decide("how do I kill a python process?")
+print(decision, probabilities)"""
 
 Settings = dict[str, Any]
 """What `adapter.json` says."""
 
 
-def checkpoint_card(folder: Path, settings: Settings, adapter: Path, dtype: torch.dtype) -> str:
-    """The card of a plain checkpoint with its safety head; `folder` is what was written so far."""
+def checkpoint_card(agent: Agent, settings: Settings, dtype: str) -> str:
+    """The card of a plain checkpoint with its safety head."""
+    what = f"A plain checkpoint of the base's architecture in {dtype}: `AutoModelForCausalLM` loads it without further code."
+    return _absorbed_card(agent, settings, _front(settings["base"], "transformers"), what, _EXAMPLE)
+
+
+def gguf_card(agent: Agent, settings: Settings, file: str, kind: str) -> str:
+    """The card of a GGUF file with its safety head."""
+    what = (
+        f"`{file}` is the base's architecture in {kind} for llama.cpp (`llama-cli -m {file}`); its chat template and tokenizer "
+        "are inside. llama.cpp does not know the safety head; it is read as below."
+    )
+    example = _EXAMPLE.replace("from_pretrained(folder, dtype", f'from_pretrained(folder, gguf_file="{file}", dtype')
+    if agent.model.layers == [None]:  # llama.cpp gives the state after the final norm, and no other
+        on_llama_cpp = _LLAMA_CPP.replace("FILE", file).replace("LENGTH", str(agent.template.max_length))
+        example += f"\n```\n\nThe same by llama.cpp, through `llama-cpp-python`:\n\n```python\n{on_llama_cpp}"
+    return _absorbed_card(agent, settings, _front(settings["base"], "gguf"), what, example)
+
+
+def _absorbed_card(agent: Agent, settings: Settings, front: str, what: str, example: str) -> str:
     base, gate = settings["base"], settings["gate"]
     calibrated = ""
-    if (folder / "calibration.json").is_file():
-        calibrated = (
-            "\n`calibration.json` is what the agent was calibrated to. `safety_head.py` does not apply it: its probabilities "
-            "are the head's own.\n"
-        )
+    if agent.policy is not None:
+        calibrated = f"\nIt decides {agent.policy.describe()}, as `calibration` in `safety_head.json` says.\n"
     untied = "the lm_head is untied from the embedding and carries the last gate" if gate["last"] else "there is no last gate"
-    return f"""{_front(base, "transformers")}
+    return f"""{front}
 # A safe agent from {_base_name(base)}, gates absorbed
 
-A plain checkpoint of the base's architecture in {str(dtype).removeprefix("torch.")}: `AutoModelForCausalLM` loads it
-without any further code. SO8T trained SO(8) rotations inside the top {gate["top_layers"]} layers of the frozen base, and a
+{what} SO8T trained SO(8) rotations inside the top {gate["top_layers"]} layers of the frozen base, and a
 three-way safety head ({", ".join(settings["labels"])}). Here the rotations are multiplied into the weights beside them;
 {untied}. The head is one linear map in `safety_head.safetensors`.{_dequantised(base)}
 
@@ -59,7 +87,9 @@ three-way safety head ({", ".join(settings["labels"])}). Here the rotations are 
 answers use the base itself, and this checkpoint for the decision.
 
 ## Reading the safety head
-{_EXAMPLE}
+```python
+{example}
+```
 
 The decision is read at the last token of the prompt, which `safety_head.json` describes (`before`, the request, `after`).
 `safety_head.py` is plain PyTorch; this is all of it:
@@ -68,7 +98,7 @@ The decision is read at the last token of the prompt, which `safety_head.json` d
 {Path(exported.__file__).read_text(encoding="utf-8").rstrip()}
 ```
 {calibrated}
-{_figures(adapter)}
+{_figures(agent.folder)}
 {_licence(base)}"""
 
 
@@ -124,11 +154,12 @@ def _figures(adapter: Path) -> str:
         if path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
             figures = result["metrics"]
-            cells = ["-" if figures.get(key) is None else f"{figures[key]:.3f}" for key, _ in _SHOWN]
+            cells = ["-" if figures.get(key) is None else f"{figures[key]:.3f}" for key, _ in SHOWN]
             rows.append(f"| {result['name']} | {int(figures['rows'])} | {' | '.join(cells)} |")
     if not rows:
         return "## Figures\nNone: the run that this was exported from was not evaluated.\n"
-    head = f"| rows of | rows | {' | '.join(title for _, title in _SHOWN)} |\n| --- |{' ---: |' * (len(_SHOWN) + 1)}"
+    titles = [title.partition(" [")[0] for _, title in SHOWN]  # without the interval that the terminal shows
+    head = f"| rows of | rows | {' | '.join(titles)} |\n| --- |{' ---: |' * (len(titles) + 1)}"
     return "\n".join(
         ["## Figures", "Of the agent as it was trained (base in its own quantisation, gates on):", "", head, *rows, ""]
     )

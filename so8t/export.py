@@ -21,16 +21,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from so8t import exported
 from so8t.adapter import Agent, find_adapter
 from so8t.base import SplitBase
-from so8t.card import adapter_card, checkpoint_card
+from so8t.card import Settings, adapter_card, checkpoint_card, gguf_card
 from so8t.errors import ArtefactError
 from so8t.files import whole_folder, write_bytes, write_json, write_text
 from so8t.gates import GateSet, Rotation
+from so8t.gguf_file import check_writable, write_gguf
 from so8t.labels import LABELS
 from so8t.model import SO8TModel
 from so8t.placement import SlicedHead
 from so8t.so8 import DIM, rotate
 
-HEAD_FORMAT = 1
+HEAD_FORMAT = 2
 ROWS_AT_ONCE = 8192
 """Rows of an lm_head that exist in float64 at one time."""
 
@@ -179,6 +180,7 @@ def head_settings(agent: Agent, system_prompt: str | None) -> dict[str, object]:
         "layers": ["last" if layer is None else layer for layer in agent.model.layers],
         "pooling": spec.pooling,
         "min_confidence": spec.min_confidence,
+        "calibration": None if agent.policy is None else agent.policy.as_json(),
         "formula": (
             "logits = weight @ features + bias at the prompt's last token; features: for each of `layers` ('last' is the state "
             "after the final norm, k the output of layer k, 0 the embedding), u = x / rms(x) of that token and/or of the mean "
@@ -218,16 +220,14 @@ def compared(agent: Agent, folder: Path, requests: Sequence[str], model: PreTrai
     logits, relative, probabilities, decisions = 0.0, 0.0, 0.0, 0
     for request in requests:
         tokens = torch.tensor([agent.template.encode(request).tokens], device=base.device)
-        if not torch.equal(tokens, head.tokens(request)):
+        if not torch.equal(tokens.cpu(), head.tokens(request)):
             raise ArtefactError(f"{folder}: the exported tokenizer reads {request!r} differently: not exported")
         with agent.model.task_path():
             ours = base.causal_lm(input_ids=tokens).logits.float()
         theirs = model(input_ids=tokens).logits.float()
         logits = max(logits, (ours - theirs).abs().max().item())
         relative = max(relative, ((ours - theirs).norm() / ours.norm()).item())
-        mask = torch.ones_like(tokens)
-        output = agent.model(agent.model.prefix(tokens, mask), mask)
-        decided = agent.model.decide(output, torch.tensor([tokens.shape[1] - 1], device=base.device))
+        decided = agent.decide(request)
         label, by_label = head.decide(request)
         decisions += label != LABELS[int(decided.labels[0])]
         difference = decided.probabilities[0].cpu() - torch.tensor(list(by_label.values()))
@@ -255,22 +255,50 @@ def export_hf(agent: Agent, target: Path, *, dtype: torch.dtype = torch.float32)
         SO8TError: `target` is taken.
         ArtefactError: nothing to absorb, a base or a head that needs code of its own, or the result differs from the agent.
     """
-    model, base = agent.model, agent.model.base
-    if base.spec.trust_remote_code:
-        raise ArtefactError(f"base {base.spec.name} needs code of its own: an export would not be a plain checkpoint")
-    settings = json.loads((agent.folder / "adapter.json").read_text(encoding="utf-8"))
-    head = absorbed_head(model)
+    base = agent.model.base
     with whole_folder(target) as folder:
-        plain_model(base, model.gates, dtype).save_pretrained(folder)
-        agent.template.tokenizer.save_pretrained(folder)
-        write_bytes(folder / "safety_head.safetensors", save(head))
-        write_json(folder / "safety_head.json", head_settings(agent, settings["template"]["system_prompt"]))
-        shutil.copyfile(exported.__file__, folder / "safety_head.py")
-        copy_files(agent.folder, folder, OPTIONAL_FILES)
+        settings = _write_beside(agent, folder)
+        plain_model(base, agent.model.gates, dtype).save_pretrained(folder)
         agreement = compared(agent, folder, PROBES)
         check_agreement(agreement, exact=dtype == base.dtype == torch.float32)
-        write_text(folder / "README.md", checkpoint_card(folder, settings, agent.folder, dtype))
+        write_text(folder / "README.md", checkpoint_card(agent, settings, str(dtype).removeprefix("torch.")))
     return agreement
+
+
+def export_gguf(agent: Agent, target: Path, *, kind: str = "f32") -> Agreement:
+    """Writes the GGUF file `target`, of one of `so8t.gguf_file.TYPES`, in a folder of its own, with its tokenizer and the
+    safety head beside it. The folder gets its name when transformers has read it back and it was compared with the agent.
+
+    Raises:
+        SO8TError: the folder is taken.
+        ArtefactError: nothing to absorb, something that GGUF cannot tell, or the result differs from the agent.
+    """
+    base = agent.model.base
+    check_writable(base.causal_lm.config, agent.template.tokenizer)
+    with whole_folder(target.parent) as folder:
+        settings = _write_beside(agent, folder)
+        plain = plain_model(base, agent.model.gates, torch.float32)
+        write_gguf(plain, agent.template.tokenizer, folder / target.name, kind=kind, name=f"{base.spec.name}, gates absorbed")
+        del plain
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=target.name, dtype=base.dtype).to(base.device).eval()
+        agreement = compared(agent, folder, PROBES, model)
+        check_agreement(agreement, exact=kind == "f32" and base.dtype == torch.float32)
+        write_text(folder / "README.md", gguf_card(agent, settings, target.name, kind))
+    return agreement
+
+
+def _write_beside(agent: Agent, folder: Path) -> Settings:
+    """What lies beside an exported checkpoint: tokenizer, safety head, its reader. Returns what the adapter's JSON says."""
+    spec = agent.model.base.spec
+    if spec.trust_remote_code:
+        raise ArtefactError(f"base {spec.name} needs code of its own: an export would not be a plain checkpoint")
+    head = absorbed_head(agent.model)
+    settings: Settings = json.loads((agent.folder / "adapter.json").read_text(encoding="utf-8"))
+    agent.template.tokenizer.save_pretrained(folder)
+    write_bytes(folder / "safety_head.safetensors", save(head))
+    write_json(folder / "safety_head.json", head_settings(agent, settings["template"]["system_prompt"]))
+    shutil.copyfile(exported.__file__, folder / "safety_head.py")
+    return settings
 
 
 def export_adapter(run: Path, target: Path) -> None:

@@ -29,19 +29,22 @@ class SafetyHead:
         room = self.spec["room"]
         if len(ids) > room:
             ids = ids[: room // 2] + ids[len(ids) - (room - room // 2) :]
-        return torch.tensor([self.spec["before"] + ids + self.spec["after"]], device=self.model.device)
+        return torch.tensor([self.spec["before"] + ids + self.spec["after"]])
 
     @torch.no_grad()
-    def logits(self, request: str, context: str | None = None) -> Tensor:
-        """Logits in the order of `labels`: `[3]`, float32."""
+    def states(self, tokens: Tensor) -> list[Tensor]:
+        """What is read, one for each of `layers`: `[1, T] -> [T, D]`."""
         top: list[Tensor] = []  # the last layer's output, before the final norm
         hook = self.model.model.norm.register_forward_pre_hook(lambda _, inputs: top.append(inputs[0]))
-        out = self.model.model(input_ids=self.tokens(request, context), output_hidden_states=True)
+        out = self.model.model(input_ids=tokens.to(self.model.device), output_hidden_states=True)
         hook.remove()
         states = [*out.hidden_states[:-1], top[0], out.last_hidden_state]
+        return [states[-1 if layer == "last" else layer][0].float().cpu() for layer in self.spec["layers"]]
+
+    def logits(self, request: str, context: str | None = None) -> Tensor:
+        """Logits in the order of `labels`: `[3]`, float32."""
         features = []
-        for layer in self.spec["layers"]:
-            state = unit_rms(states[-1 if layer == "last" else layer][0].float().cpu())
+        for state in map(unit_rms, self.states(self.tokens(request, context))):
             if self.spec["pooling"] != "mean":
                 features.append(state[-1])
             if self.spec["pooling"] != "token":
@@ -49,12 +52,19 @@ class SafetyHead:
         return self.tensors["weight"] @ torch.cat(features) + self.tensors["bias"]
 
     def decide(self, request: str, context: str | None = None) -> tuple[str, dict[str, float]]:
-        """The decision and the probabilities. Not finite, tied or under `min_confidence`: ESCALATE."""
+        """The decision and the probabilities, calibrated where `calibration` is there. Not finite, tied, under
+        `min_confidence` or under the calibration's threshold: ESCALATE."""
         logits = self.logits(request, context)
         if not logits.isfinite().all():
             return "ESCALATE", dict.fromkeys(self.spec["labels"], 1 / 3)
-        probabilities = dict(zip(self.spec["labels"], logits.softmax(-1).tolist(), strict=True))
-        best = max(probabilities.values())
-        chosen = [label for label, p in probabilities.items() if p == best]
-        sure = len(chosen) == 1 and best >= self.spec["min_confidence"]
-        return (chosen[0] if sure else "ESCALATE"), probabilities
+        probabilities = logits.softmax(-1)
+        best = probabilities.max()
+        sure = int((probabilities == best).sum()) == 1 and best >= self.spec["min_confidence"]
+        decision = self.spec["labels"][int(probabilities.argmax())] if sure else "ESCALATE"
+        if calibration := self.spec["calibration"]:
+            probabilities = (probabilities.double().log() / calibration["temperature"]).softmax(-1)
+            if decision != "ESCALATE":
+                least = calibration[decision.lower()]["at"]  # None: never given
+                if least is None or probabilities[self.spec["labels"].index(decision)] < least:
+                    decision = "ESCALATE"
+        return decision, dict(zip(self.spec["labels"], probabilities.tolist(), strict=True))

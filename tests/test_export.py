@@ -4,6 +4,7 @@ import base64
 import copy
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from so8t.gates import GateSpec, Rotation
 from so8t.hub import push_to_hub
 from so8t.labels import LABELS
 from so8t.model import HeadSpec, SO8TModel
-from tests.conftest import TINY
+from tests.conftest import TINY, synthetic_rows, write_rows
 
 REQUESTS = (
     "How do I bake rye bread?",
@@ -177,6 +178,41 @@ def test_the_real_base_in_nf4_exports_to_the_same_logits_and_decisions(real_base
         check_decisions(agent, tmp_path / "hf", REQUESTS[:3])
     finally:
         model.gates.detach()
+
+
+def test_a_calibrated_export_decides_the_whole_test_split_as_evaluate_does(so8t, finished_run, tmp_path):
+    run, data = tmp_path / "run", finished_run / "test_predictions.jsonl"
+    shutil.copytree(finished_run / "adapter", run / "adapter")
+    held_out = write_rows(tmp_path / "held_out.jsonl", synthetic_rows(150, seed=9))
+    assert so8t("calibrate", run, "--data", held_out, "--alpha", "0.2", "--refuse-alpha", "0.2")[0] == 0
+    raw, under = ([], [])
+    for rows, options in ((raw, ["--uncalibrated"]), (under, [])):
+        assert so8t("evaluate", run, "--data", data, "--json", "--out", tmp_path / "out.jsonl", *options)[0] == 0
+        rows += map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert so8t("export", run, "--to", "hf", tmp_path / "hf")[0] == 0
+    folder = tmp_path / "hf"
+    head = SafetyHead(folder, AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
+    for row in under:
+        decision, probabilities = head.decide(row["user_request"])
+        assert decision == row["decision"]
+        assert probabilities == pytest.approx(row["probabilities"], abs=1e-4)
+    assert [r["decision"] for r in under] != [r["decision"] for r in raw], "the policy changes decisions of this split"
+    assert any(r["decision"] != "ESCALATE" for r in under), "and leaves some"
+    assert "It decides under a policy: false allow alpha 20 %" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_label_that_the_policy_never_gives_is_escalated(exported_tiny):
+    agent, folder = exported_tiny
+    head = SafetyHead(folder, agent.model.base.causal_lm, AutoTokenizer.from_pretrained(folder))
+    head.tensors = {"weight": torch.zeros_like(head.tensors["weight"]), "bias": torch.tensor([2.0, 0.0, 0.0])}
+    thresholds = {"temperature": 2.0, "allow": {"at": 0.5}, "refuse": {"at": None}}
+    head.spec["calibration"] = thresholds  # softmax([1, 0, 0]) = 0.576
+    decision, probabilities = head.decide("bake bread")
+    assert (decision, probabilities["ALLOW"]) == ("ALLOW", pytest.approx(0.5761, abs=1e-4))
+    thresholds["allow"]["at"] = 0.6
+    assert head.decide("bake bread")[0] == "ESCALATE"
+    head.tensors["bias"] = torch.tensor([0.0, 0.0, 9.0])
+    assert head.decide("forge a passport")[0] == "ESCALATE", "REFUSE is never given"
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,11 +1,13 @@
-"""`so8t export`: writes a trained agent as a plain checkpoint with its gates absorbed, or as its adapter."""
+"""`so8t export`: writes a trained agent as a plain checkpoint or a GGUF file with its gates absorbed, or as its adapter."""
 
 import argparse
 from pathlib import Path
 
 from rich.console import Console
 
-HELP = "write a trained agent as a plain checkpoint, or as its adapter"
+from so8t.errors import SO8TError
+
+HELP = "write a trained agent as a plain checkpoint, as GGUF for llama.cpp, or as its adapter"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,16 +15,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
         "--to",
-        choices=("hf", "adapter"),
+        choices=("hf", "gguf", "adapter"),
         required=True,
-        help="hf: a checkpoint that transformers loads, gates absorbed, with the safety head; adapter: gates and head alone",
+        help="hf: a checkpoint that transformers loads, gates absorbed, with the safety head; gguf: the same for llama.cpp; "
+        "adapter: gates and head alone",
     )
-    parser.add_argument("folder", type=Path, help="what to write; must not be there yet, or be empty")
+    parser.add_argument(
+        "folder", type=Path, help="what to write; must not be there yet, or be empty. With --to gguf also FOLDER/NAME.gguf"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of a checkpoint's weights (default float32: the agent's own logits; bfloat16: half the size, rounded)",
+        help="of an hf checkpoint's weights (default float32: the agent's own logits; bfloat16: half the size, rounded)",
+    )
+    parser.add_argument(
+        "--gguf-type",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="of a GGUF file's matrices (default f32: the agent's own logits; the others are rounded)",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this (private) model repository afterwards")
 
@@ -32,22 +41,32 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from so8t.adapter import load_agent
-    from so8t.export import PROBES, export_adapter, export_hf
+    from so8t.export import PROBES, export_adapter, export_gguf, export_hf
     from so8t.files import check_free
     from so8t.hub import push_to_hub
 
     console = Console(soft_wrap=True)
-    check_free(args.folder)
+    for option, value, to in (("--dtype", args.dtype, "hf"), ("--gguf-type", args.gguf_type, "gguf")):
+        if value and args.to != to:
+            raise SO8TError(f"{option} belongs to --to {to}, not to --to {args.to}")
+    folder, kind = args.folder, args.gguf_type or "f32"
+    file = f"model-{kind}.gguf"
+    if args.to == "gguf" and folder.suffix == ".gguf":
+        folder, file = folder.parent, folder.name
+    check_free(folder)
     if args.to == "adapter":
-        export_adapter(args.run, args.folder)
+        export_adapter(args.run, folder)
     else:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-        told = export_hf(load_agent(args.run), args.folder, dtype=dtype)
+        agent = load_agent(args.run)
+        if args.to == "hf":
+            told = export_hf(agent, folder, dtype=torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
+        else:
+            told = export_gguf(agent, folder / file, kind=kind)
         console.print(
             f"compared with the gated agent on {len(PROBES)} prompts: task logits differ by at most {told.logits:.2g} "
             f"({told.relative:.2g} relative), probabilities by {told.probabilities:.2g}, {told.decisions} decisions"
         )
-    size = sum(file.stat().st_size for file in args.folder.rglob("*") if file.is_file())
-    console.print(f"{args.folder}: {size / 2**20:.1f} MiB", highlight=False)
+    size = sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
+    console.print(f"{folder}: {size / 2**20:.1f} MiB", highlight=False)
     if args.push:
-        console.print(push_to_hub(args.folder, args.push))
+        console.print(push_to_hub(folder, args.push))
