@@ -5,8 +5,8 @@
 Exports the run in float32 into a temporary folder, reads that folder with transformers as it is, in NF4 (double quantisation,
 the embedding and the lm_head left as they are) and in bf16 weights computed in float32, and compares each with the gated agent
 on the same rows: largest logit difference, mean KL divergence of the next-token distributions over all prompt tokens (nats),
-share of tokens whose most likely next token changed, and share of rows whose decision changed. By default the rows are those
-of the run's unseen source. Writes `results/export.json`.
+share of tokens whose most likely next token changed, and share of rows whose decision (the policy's, where there is one)
+changed. By default the rows are those of the run's unseen source. Writes `results/export.json`.
 """
 
 import argparse

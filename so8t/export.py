@@ -277,7 +277,7 @@ def export_gguf(agent: Agent, target: Path, *, kind: str = "f32") -> Agreement:
     check_writable(base.causal_lm.config, agent.template.tokenizer)
     with whole_folder(target.parent) as folder:
         settings = _write_beside(agent, folder)
-        plain = plain_model(base, agent.model.gates, torch.float32)
+        plain = plain_model(base, agent.model.gates, base.dtype)
         write_gguf(plain, agent.template.tokenizer, folder / target.name, kind=kind, name=f"{base.spec.name}, gates absorbed")
         del plain
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=target.name, dtype=base.dtype).to(base.device).eval()

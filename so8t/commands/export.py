@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     folder, kind = args.folder, args.gguf_type or "f32"
     file = f"model-{kind}.gguf"
     if args.to == "gguf" and folder.suffix == ".gguf":
-        folder, file = folder.parent, folder.name
+        folder, file = folder.resolve().parent, folder.name
     check_free(folder)
     if args.to == "adapter":
         export_adapter(args.run, folder)
