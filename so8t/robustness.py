@@ -119,7 +119,8 @@ def print_robustness(wrapped: Sequence[Wrapped], console: Console) -> None:
     """One line a wrapping, and what was not counted or not whole."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for k, title in enumerate(HEAD):
-        table.add_column(title.replace("-refusal", "-\nrefusal"), justify="right" if k else "left")
+        title = title.replace("-refusal", "-\nrefusal").replace(" allow", "\nallow").replace(" changed", "\nchanged")
+        table.add_column(title, justify="right" if k else "left", no_wrap=bool(k))  # the name gives way, not the figures
     for one in wrapped:
         table.add_row(*cells(one))
     console.print(table)

@@ -1,6 +1,7 @@
 """`so8t robustness`: decisions before and after a wrapping on the same rows, and no praise for refusing everything."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -89,9 +90,12 @@ def test_requests_that_fill_the_template_are_told(template):
 
 
 @pytest.mark.parametrize(("label", "false_allow", "over_refusal"), [("ALLOW", 1, 0), ("REFUSE", 0, 1)])
-def test_a_constant_guard_has_both_rates_and_never_changes(so8t, always, rows_file, label, false_allow, over_refusal):
+def test_a_constant_guard_has_both_rates_and_never_changes(
+    so8t, always, finished_run, rows_file, label, false_allow, over_refusal
+):
     run = always(label)
-    code, out, _ = so8t("robustness", run, "--data", rows_file, "--rows", 6, "--json")
+    shutil.copy(finished_run / "config.yaml", run)
+    code, out, err = so8t("robustness", run, "--data", rows_file, "--rows", 6, "--json")
     told = json.loads(out)
     assert code == 0
     assert told["rows"] == 6
@@ -101,6 +105,7 @@ def test_a_constant_guard_has_both_rates_and_never_changes(so8t, always, rows_fi
             assert one["over_refusal"][1]["rate"] == over_refusal
             assert one["changed"]["rate"] == 0
     assert {one["name"] for one in told["wrappings"]} > set(WRAPPINGS), "garak's rewordings too"
+    assert "past tense (garak): 0 of 730 rows are near-duplicates of training rows" in err
     assert json.loads((run / "robustness.json").read_text()) == told
     assert (run / "robustness.png").read_bytes().startswith(b"\x89PNG")
     panel = next(panel for panel in panels(read_run(run)) if panel.key == "robustness")
@@ -122,6 +127,13 @@ def test_by_default_the_run_s_own_test_split_is_wrapped_and_the_rewordings_that_
     assert [one["name"] for one in told["wrappings"]] == list(WRAPPINGS)
     before = told["wrappings"][0]["false_allow"][0]["rate"]
     assert before == pytest.approx(scores["metrics"]["false_allow_rate"]), "as the evaluation after training says"
+
+
+def test_without_the_training_rows_nothing_reworded_is_called_unseen(so8t, always, rows_file):
+    code, out, err = so8t("robustness", always("ALLOW"), "--data", rows_file, "--rows", 3, "--json")
+    assert code == 0
+    assert [one["name"] for one in json.loads(out)["wrappings"]] == list(WRAPPINGS)
+    assert "training rows are not known" in err
 
 
 def test_rows_are_drawn_with_each_label_s_share_and_always_the_same(rows_file):

@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> None:
     from so8t.adapter import find_adapter, load_agent
     from so8t.data.cache import PrefixCache
     from so8t.data.records import read_jsonl
-    from so8t.data.sources import load_source
-    from so8t.data.wrappings import REWORDED
     from so8t.evaluation import predict
     from so8t.files import write_json
     from so8t.plots import plot_robustness
@@ -57,19 +55,20 @@ def run(args: argparse.Namespace) -> None:
     out: Path = args.out or folder.parent
     if out.exists() and not out.is_dir():
         raise SO8TError(f"--out {out} is a file: name a folder")
-    if args.data is not None:
+    if args.data is None:
+        data = data_of(folder.parent)
+        records, train = data.test, data.train
+    else:
         records, report = read_jsonl(args.data, on_bad_row=args.on_bad_row)
         for line in report.skipped:
             console.print(f"left out: {escape(line)}")
-    else:
-        records = data_of(folder.parent).test
+        train = data_of(folder.parent).train if (folder.parent / "config.yaml").is_file() else []
     records = _some(records, args.rows)
-    reworded = {}
-    for name, source in REWORDED.items():
-        try:
-            reworded[name] = _some(load_source(name, source, on_bad_row="error").records, args.rows)
-        except FetchError as error:
-            console.print(f"{name} is left out: {escape(str(error))}")
+    if not train:
+        console.print("rewordings are left out: without the run's config.yaml its training rows are not known")
+        reworded = {}
+    else:
+        reworded = {name: _some(rows, args.rows) for name, rows in _reworded(train, console).items()}
     agent = load_agent(folder, with_policy=not args.uncalibrated)
 
     def decide(rows: Sequence[Record], title: str) -> Predictions:
@@ -94,6 +93,25 @@ def run(args: argparse.Namespace) -> None:
         console.print(f"decided {agent.policy.describe()}; --uncalibrated shows the most probable labels")
     print_robustness(wrapped, console)
     console.print(f"written: {escape(str(out / 'robustness.json'))} and robustness.png")
+
+
+def _reworded(train: Sequence[Record], console: Console) -> dict[str, list[Record]]:
+    """Requests in another tense, but for near-duplicates of training rows."""
+    from so8t.data.sources import load_source
+    from so8t.data.splits import apart_from
+    from so8t.data.wrappings import REWORDED
+
+    reworded = {}
+    for name, source in REWORDED.items():
+        try:
+            rows = load_source(name, source, on_bad_row="error").records
+        except FetchError as error:
+            console.print(f"{name} is left out: {escape(str(error))}")
+            continue
+        reworded[name] = apart_from(train, rows)
+        near = len(rows) - len(reworded[name])
+        console.print(f"{name}: {near} of {len(rows)} rows are near-duplicates of training rows and left out")
+    return reworded
 
 
 def _some(records: list[Record], rows: int | None) -> list[Record]:

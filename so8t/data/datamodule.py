@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from so8t.data.records import OnBadRow, Record, read_jsonl
 from so8t.data.sources import SourceSpec, load_sources
-from so8t.data.splits import near_duplicates, split_by_group
+from so8t.data.splits import apart_from, split_by_group
 from so8t.data.tokenise import Template
 from so8t.errors import DataError
 from so8t.labels import LABELS
@@ -284,13 +284,11 @@ class SafetyData(L.LightningDataModule):
             log.warning("no training rows for %s: the head cannot learn it", ", ".join(absent))
 
     def _without_overlap(self, part: str, rows: list[Record]) -> list[Record]:
-        texts = [r.user_request for r in self.train] + [r.user_request for r in rows]
-        edge = len(self.train)
-        leaking = {j - edge for i, j in near_duplicates(texts) if i < edge <= j}
-        if leaking:
-            log.warning("%s: %d rows are near-duplicates of training rows and are left out", part, len(leaking))
-            self.skipped[f"{part} (near-duplicates of training rows)"] = len(leaking)
-        return [r for k, r in enumerate(rows) if k not in leaking]
+        kept = apart_from(self.train, rows)
+        if leaking := len(rows) - len(kept):
+            log.warning("%s: %d rows are near-duplicates of training rows and are left out", part, leaking)
+            self.skipped[f"{part} (near-duplicates of training rows)"] = leaking
+        return kept
 
     def describe(self) -> dict[str, dict[str, int]]:
         """Rows by split and `source/label`."""

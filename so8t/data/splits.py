@@ -39,6 +39,14 @@ def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> 
     return pairs
 
 
+def apart_from(train: Sequence[Record], rows: Sequence[Record]) -> list[Record]:
+    """The rows whose request is no near-duplicate of a training row's."""
+    edge = len(train)
+    pairs = near_duplicates([r.user_request for r in [*train, *rows]])
+    leaking = {j - edge for i, j in pairs if i < edge <= j}
+    return [r for k, r in enumerate(rows) if k not in leaking]
+
+
 def group_ids(records: Sequence[Record]) -> list[int]:
     """One number per record; records that must stay together share it (union of twins and near-duplicates)."""
     parent = list(range(len(records)))

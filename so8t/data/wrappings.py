@@ -80,4 +80,5 @@ REWORDED: dict[str, SourceSpec] = {
     )
     for tense in ("past", "future")
 }
-"""Harmful requests in another tense, whose originals are not told row by row."""
+"""Harmful requests in another tense, whose originals are not told row by row; many are of AdvBench and HarmBench, which are
+trained on, so that what is new to a model is the wording alone."""
