@@ -16,6 +16,7 @@ import uvicorn
 from so8t.adapter import Agent, load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
+from so8t.commands.serve import listen
 from so8t.escalations import EscalationQueue
 from so8t.labels import LABELS, Label
 from so8t.serving.app import make_app
@@ -46,7 +47,7 @@ class Served:
         self.safe = SafeAgent(agent, audit=self.audit, queue=self.queue, max_new_tokens=12, watch_every=4, keep_text=True)
         self.service = make_service(self.safe, self.queue, limits)
         app = make_app(self.service, max_bytes=max_bytes, token=token, hosts=("127.0.0.1",))
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
@@ -333,6 +334,13 @@ def test_an_audit_log_that_cannot_be_written_means_no_decision(serving, loaded, 
         assert served.http.post("/v1/chat/completions", json={"model": "x", "messages": BREAD}).status_code == 500
         monkeypatch.undo()
         assert served.decide("hello").status_code == 200
+
+
+def test_no_small_answer_waits_for_the_clients_acknowledgement():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize(
