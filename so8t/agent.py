@@ -6,8 +6,9 @@ place of a request, where it was trained to read. 4. The finished answer is deci
 answer. An exception inside is ESCALATE, counted and written down as a failure, never as a prediction.
 
 In a conversation a request is decided alone and behind the user's earlier requests, in the place of one request, and the
-stricter decision counts. Earlier exchanges are what the other side says they were: each is decided like any other, request and
-then request with answer, and one that the head does not allow is kept from the base and from later decisions.
+stricter decision counts: harmless requests before a risky one hide it from the second reading. Earlier exchanges are what the
+other side says they were: each is decided like any other, request and then request with answer, and one that the head does not
+allow is kept from the base and from later decisions.
 """
 
 import hashlib

@@ -269,5 +269,8 @@ def test_on_the_real_base_the_streamed_answer_is_the_one_of_generate(real_base, 
         *_, grown = SafeAgent(agent, watch_every=3)._watchable(Prompt("What is the capital of France?"), 8)
         assert "Paris" in grown.text
         assert grown.text == agent.answer("What is the capital of France?", max_new_tokens=8)
+        requests = [("What is the capital of France?", None), ("wire the money " * 20, "a bank"), ("日本語", None)]
+        alone = torch.cat([agent.decide(*request).probabilities for request in requests])
+        assert torch.allclose(agent.decide_many(requests).probabilities, alone, atol=1e-4)
     finally:
         model.gates.detach()
