@@ -20,8 +20,10 @@ from so8t.commands.serve import listen
 from so8t.escalations import EscalationQueue
 from so8t.labels import LABELS, Label
 from so8t.serving.app import make_app
+from so8t.serving.metrics import Metrics
 from so8t.serving.service import make_service
-from so8t.serving.worker import Limits
+from so8t.serving.wire import WireError
+from so8t.serving.worker import Limits, Worker
 
 BREAD = [{"role": "user", "content": "how do I bake rye bread"}]
 
@@ -264,6 +266,23 @@ def test_shutting_down_under_load_loses_nothing_that_was_accepted(serving, held)
     requests = [entry["request"] for entry in served.told() if entry["event"] == "decision"]
     assert sorted(requests) == sorted([*texts, BREAD[0]["content"]])
     assert verify(served.audit.folder).problems == []
+
+
+def test_a_worker_told_to_stop_finishes_what_it_accepted_and_takes_nothing_more(held):
+    worker, replies = Worker(SafeAgent(held), Limits(batch=1), Metrics()), []
+    worker.start()
+    futures = worker.decide([(f"request {k}", None) for k in range(5)])
+    worker.answer(lambda: worker.agent.stream("hello"), replies.append)
+    stopping = threading.Thread(target=worker.stop)
+    stopping.start()
+    until(lambda: not worker.alive)
+    with pytest.raises(WireError, match="stopping"):
+        worker.decide([("too late", None)])
+    held.go.set()
+    stopping.join(30)
+    assert all(future.done() for future in futures)
+    assert replies[-2].finished
+    assert replies[-1] is None
 
 
 def test_a_wrong_token_is_401_and_health_needs_none(serving, loaded):
