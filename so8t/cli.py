@@ -13,6 +13,7 @@ COMMANDS = (
     "robustness",
     "calibrate",
     "chat",
+    "serve",
     "escalations",
     "audit",
     "data",
