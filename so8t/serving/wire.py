@@ -101,7 +101,7 @@ class Decided(BaseModel):
     """Our own field: the decision, probabilities by label, whether it failed (then it stands for ESCALATE), whether an answer
     was stopped after it had begun, and the number in the queue of escalations."""
 
-    decision: Literal["ALLOW", "ESCALATE", "REFUSE"]
+    decision: str
     probabilities: dict[str, float]
     failed: bool = False
     stopped: bool = False
