@@ -13,6 +13,7 @@ COMMANDS = (
     "calibrate",
     "chat",
     "serve",
+    "guard",
     "escalations",
     "audit",
     "data",

@@ -42,7 +42,9 @@ def collected(events, looks, *, every=8, most=20):
 
         out, ended = [], None
         try:
-            async for event in released(coming(), WatchedAnswer(looks, len, most), every=every):
+            async for event in released(
+                coming(), WatchedAnswer(looks, len, most), every=every, until=asyncio.get_running_loop().time() + 60
+            ):
                 out.append((event, len(looks.asked)))
         except (Garbled, LeftAllow) as error:
             ended = error
@@ -106,7 +108,7 @@ def test_every_string_of_an_answer_is_looked_at_wherever_it_stands(message):
     for payload in (json.dumps(completion(message)), *data([chunk(message)])):
         looks = Looks(lambda text: Label.REFUSE if "poison" in text else Label.ALLOW)
         answer = WatchedAnswer(looks, len, 1000)
-        answer.take(payload)
+        answer.take(payload.encode())
         with pytest.raises(LeftAllow):
             asyncio.run(answer.look())
 
@@ -118,7 +120,7 @@ def test_strings_beside_the_choices_are_looked_at_and_do_not_break_the_answer_ap
         event = json.loads(data([chunk({"content": text})])[0])
         event["citation"] = "see page 3"
         event["choices"][0]["content_filter_results"] = {"hate": {"filtered": False, "severity": "safe"}}
-        answer.take(json.dumps(event))
+        answer.take(json.dumps(event).encode())
     asyncio.run(answer.look())
     assert sorted(looks.asked) == ["poison", "see page 3see page 3"]
 
@@ -158,7 +160,7 @@ def test_each_choice_is_watched_on_its_own():
     ],
 )
 def test_what_is_no_chunk_ends_the_stream_and_what_was_held_back_is_never_shown(bad):
-    out, ended = collected(data(chunks("held")[:2]) + [bad], Looks(), every=100)
+    out, ended = collected([*data(chunks("held")[:2]), bad], Looks(), every=100)
     assert isinstance(ended, Garbled)
     assert "".join(content(event) for event, _ in out) == ""
 
@@ -188,7 +190,10 @@ def test_a_slow_upstream_is_looked_at_every_few_tokens_and_a_quick_one_less_ofte
 
         looks = Looks()
         answer = WatchedAnswer(looks, len, 100)
-        assert len([event async for event in released(coming(), answer, every=8)]) == 14
+        assert (
+            len([event async for event in released(coming(), answer, every=8, until=asyncio.get_running_loop().time() + 60)])
+            == 14
+        )
         return len(looks.asked)
 
     assert asyncio.run(run(0.03)) == 6

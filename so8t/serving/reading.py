@@ -4,16 +4,21 @@ A conversation is the user's turns, each with what followed it up to the next (a
 stands before or outside of them is context: system turns, and the definitions of tools and formats. Knows nothing of models.
 """
 
+import itertools
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import cast
 
 from pydantic import JsonValue, ValidationError
 
-from so8t.conversation import Exchange, Prompt
+from so8t.conversation import Exchange, Prompt, with_answer
+from so8t.serving.strict_json import parse
 from so8t.serving.watched import Garbled, strings
 from so8t.serving.wire import ChatRequest, WireError
 
+OUTSIDE = ("system", "developer")
+"""Roles whose turns are context wherever they stand."""
 READ = ("tools", "functions", "response_format")
 """Fields beside the messages that the upstream's model reads, and so does the head, as context."""
 HANDED_ON = {
@@ -25,12 +30,12 @@ HANDED_ON = {
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat request. `prompt` is its conversation, `begun` what follows the last user turn already; `turns` says at which
-    messages each exchange of `prompt.earlier` begins and ends; `body` is to be sent."""
+    """A chat request. `prompt` is its conversation: its request is the last user turn, `asked`, with what follows it already.
+    `turns` says at which messages each exchange of `prompt.earlier` begins and ends; `body` is to be sent."""
 
     request: ChatRequest
     prompt: Prompt
-    begun: str
+    asked: str
     turns: tuple[tuple[int, int], ...]
     body: bytes
 
@@ -40,7 +45,9 @@ class Chat:
             return self
         gone = {place for k in left_out for place in range(*self.turns[k])}
         parsed = json.loads(self.body)
-        parsed["messages"] = [message for place, message in enumerate(parsed["messages"]) if place not in gone]
+        parsed["messages"] = [
+            message for place, message in enumerate(parsed["messages"]) if place not in gone or message["role"] in OUTSIDE
+        ]
         kept = tuple(exchange for k, exchange in enumerate(self.prompt.earlier) if k not in left_out)
         body = json.dumps(parsed, ensure_ascii=False).encode()
         return replace(self, prompt=replace(self.prompt, earlier=kept), turns=(), body=body)
@@ -52,7 +59,12 @@ def read_chat(body: bytes) -> Chat:
     Raises:
         WireError: 400 for what is no chat request, can be read in two ways, or holds what the head cannot read.
     """
-    parsed = _parsed(body)
+    try:
+        parsed = parse(body)
+    except ValueError as error:
+        raise WireError(400, f"the body is not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(parsed, dict):
+        raise WireError(400, "the body is not a JSON object")
     try:
         request = ChatRequest.model_validate(parsed)
     except ValidationError as error:
@@ -60,10 +72,11 @@ def read_chat(body: bytes) -> Chat:
         field = ".".join(str(part) for part in first["loc"])
         raise WireError(400, f"{field or 'body'}: {first['msg']}", param=field or None) from None
     _check(request, parsed)
+    raw_messages = cast(list[dict[str, JsonValue]], parsed["messages"])
     context: list[str] = []
     users: list[tuple[int, str]] = []
     followed: list[list[str]] = []
-    for place, (message, raw) in enumerate(zip(request.messages, parsed["messages"], strict=True)):
+    for place, (message, raw) in enumerate(zip(request.messages, raw_messages, strict=True)):
         try:
             text = "\n".join(text for _, text in strings({name: value for name, value in raw.items() if name != "role"}))
         except Garbled as error:
@@ -74,46 +87,23 @@ def read_chat(body: bytes) -> Chat:
             users.append((place, text))
             followed.append([])
         elif text:
-            (context if message.role in ("system", "developer") or not users else followed[-1]).append(text)
+            (context if message.role in OUTSIDE or not users else followed[-1]).append(text)
     if not users:
         raise WireError(400, "messages: no user's turn to decide", param="messages")
-    context += [json.dumps(parsed[name], ensure_ascii=False) for name in READ if any(strings(parsed.get(name)))]
+    context += [json.dumps(parsed[name], ensure_ascii=False) for name in READ if name in parsed and any(strings(parsed[name]))]
     answers = ["\n\n".join(texts) for texts in followed]
     starts = [place for place, _ in users]
     return Chat(
         request,
         Prompt(
-            users[-1][1],
+            with_answer(users[-1][1], answers[-1]),
             "\n\n".join(context) or None,
             tuple(Exchange(text, answer) for (_, text), answer in zip(users[:-1], answers[:-1], strict=True)),
         ),
-        answers[-1],
-        tuple(zip(starts, starts[1:], strict=False)),
+        users[-1][1],
+        tuple(itertools.pairwise(starts)),
         body,
     )
-
-
-def _parsed(body: bytes) -> dict:
-    """JSON that every reader reads alike."""
-    try:
-        parsed = json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
-        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise WireError(400, f"the body is not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(parsed, dict):
-        raise WireError(400, "the body is not a JSON object")
-    return parsed
-
-
-def _once(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in an object")
-    return found
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check(request: ChatRequest, parsed: dict[str, JsonValue]) -> None:

@@ -1,11 +1,12 @@
 """The server behind the guard: a request handed on, its answer, and every way it can fail, as an error with a status."""
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
+from prometheus_client import Counter
 
 from so8t.serving.watched import Garbled
 from so8t.serving.wire import WireError
@@ -41,12 +42,13 @@ class Upstream:
 
     Args:
         url: as OpenAI's clients take it for `base_url`, such as `http://localhost:8000/v1`.
+        failures: counts by code.
         seconds: how long it may be silent.
-        key: sent as bearer token instead of what the client sent.
+        key: sent as bearer token; `None` hands on what the client sends, an empty one nothing.
     """
 
-    def __init__(self, url: str, *, seconds: float, key: str | None = None):
-        self.url, self.key = url.rstrip("/"), key
+    def __init__(self, url: str, failures: Counter, *, seconds: float, key: str | None = None):
+        self.url, self.failures, self.key = url.rstrip("/"), failures, key
         self.client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
             # no .netrc lends a key, no redirect sends it elsewhere, and no client gets the cookies of another
@@ -69,23 +71,33 @@ class Upstream:
         if body is not None:
             sent.append(("content-type", "application/json"))
         if self.key is not None:
-            sent = [pair for pair in sent if pair[0] != "authorization"] + [("authorization", f"Bearer {self.key}")]
+            sent = [pair for pair in sent if pair[0] != "authorization"]
+        if self.key:
+            sent.append(("authorization", f"Bearer {self.key}"))
         try:
             async with self.client.stream(method, self.url + path, content=body, headers=sent) as answer:
                 if answer.status_code != 200:
                     raise await _refused(answer)
                 yield answer
-        except httpx2.TimeoutException:
-            raise WireError(504, "the upstream is too slow", code="upstream_timeout") from None
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            log.warning("the upstream failed: %s: %s", type(error).__name__, error)
-            raise WireError(502, f"the upstream failed ({type(error).__name__})", code="upstream_failed") from None
-        except Garbled as error:
-            raise WireError(502, f"the upstream sent {error}", code="upstream_garbled") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError, Garbled, WireError) as error:
+            told = _told(error)
+            self.failures.labels(told.body.error.code).inc()
+            raise told from None
 
     async def aclose(self) -> None:
         """Closes what is kept open."""
         await self.client.aclose()
+
+
+def _told(error: Exception) -> WireError:
+    if isinstance(error, WireError):
+        return error
+    log.warning("the upstream failed: %s: %s", type(error).__name__, error)
+    if isinstance(error, httpx2.TimeoutException | TimeoutError):
+        return WireError(504, "the upstream was not done in time", code="upstream_timeout")
+    if isinstance(error, Garbled):
+        return WireError(502, f"the upstream sent {error}", code="upstream_garbled")
+    return WireError(502, f"the upstream failed ({type(error).__name__})", code="upstream_failed")
 
 
 async def _refused(answer: httpx2.Response) -> WireError:
@@ -120,7 +132,7 @@ async def read(answer: httpx2.Response) -> bytes:
     return bytes(body)
 
 
-async def events(answer: httpx2.Response) -> AsyncIterator[str]:
+async def events(answer: httpx2.Response) -> AsyncGenerator[str, None]:
     """The data of its server-sent events; comments and other fields are left out."""
     async for event in httpx2.EventSource(answer):
         yield event.data

@@ -6,14 +6,15 @@ in pieces small enough to be wholly in view at the end of what the head reads. K
 """
 
 import asyncio
-import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing
 
 from pydantic import JsonValue
 
 from so8t.agent import Verdict
 from so8t.labels import Label
+from so8t.serving.strict_json import parse
 
 METADATA = {
     *("id", "object", "model", "provider", "system_fingerprint", "service_tier", "obfuscation"),
@@ -36,10 +37,7 @@ class Garbled(Exception):
 
 
 class LeftAllow(Exception):
-    """The answer left ALLOW, by this verdict."""
-
-    def __init__(self, verdict: Verdict):
-        self.verdict = verdict
+    """The answer left ALLOW."""
 
 
 def strings(value: JsonValue, path: Path = ()) -> Iterator[tuple[Path, str]]:
@@ -53,7 +51,7 @@ def strings(value: JsonValue, path: Path = ()) -> Iterator[tuple[Path, str]]:
             yield path, value
     elif isinstance(value, list):
         for place, item in enumerate(value):
-            if isinstance(item, int | float):
+            if isinstance(item, int | float) and not isinstance(item, bool):
                 raise Garbled(f"a list of numbers, which cannot be read, in `{path[-1] if path else ''}`")
             index = item.get("index") if isinstance(item, dict) else None
             yield from strings(item, (*path, index if isinstance(index, int) else place))
@@ -83,7 +81,8 @@ class WatchedAnswer:
 
     def __init__(self, decide: Callable[[str], Awaitable[Verdict]], tokens: Callable[[str], int], most: int):
         self.decide, self.tokens, self.most = decide, tokens, most
-        self.verdict: Verdict | None = None
+        self.head: dict[str, JsonValue] = {}
+        """Id, time and model of the answer, so far as they are told."""
         self._seen: dict[Path, str] = {}  # by choice and the part of it (`message`, `delta`)
         self._fresh: dict[Path, str] = {}
         self._last: dict[Path, Path] = {}
@@ -104,25 +103,27 @@ class WatchedAnswer:
         """Tokens not yet looked at."""
         return sum(self.tokens(text) for text in self._fresh.values())
 
-    def take(self, payload: str) -> None:
+    def take(self, payload: bytes) -> None:
         """Adds a whole answer's JSON, or a chunk's.
 
         Raises:
             Garbled: it is neither.
         """
         try:
-            parsed = json.loads(payload)
-        except (ValueError, RecursionError):
+            parsed = parse(payload)
+        except ValueError:
             raise Garbled("something that is not JSON") from None
-        if not isinstance(parsed, dict) or not isinstance(parsed.get("choices"), list):
+        if not isinstance(parsed, dict) or not isinstance(choices := parsed.get("choices"), list):
             raise Garbled("an error" if isinstance(parsed, dict) and "error" in parsed else "JSON without `choices`")
-        for choice in parsed.pop("choices"):
-            index = choice.get("index") if isinstance(choice, dict) else None
-            if not isinstance(index, int):
+        for name, kind in (("id", str), ("created", int), ("model", str)):
+            if isinstance(parsed.get(name), kind):
+                self.head.setdefault(name, parsed[name])
+        for choice in choices:
+            if not isinstance(choice, dict) or not isinstance(index := choice.get("index"), int):
                 raise Garbled("a choice without `index`")
             self._add(index, choice)
             self._open[index] = self._open.get(index, True) and choice.get("finish_reason") is None
-        self._add(-1, parsed)
+        self._add(-1, {name: value for name, value in parsed.items() if name != "choices"})
 
     def _add(self, index: int, value: JsonValue) -> None:
         for path, text in strings(value):
@@ -140,37 +141,38 @@ class WatchedAnswer:
         for part, fresh in self._fresh.items():
             for piece in pieces(fresh, self.tokens, self.most):
                 text = self._seen.get(part, "") + piece
-                self.verdict = await self.decide(text)
-                if self.verdict.label is not Label.ALLOW:
-                    raise LeftAllow(self.verdict)
+                if (await self.decide(text)).label is not Label.ALLOW:
+                    raise LeftAllow
                 self._seen[part] = text
         self._fresh.clear()
 
 
-async def released(events: AsyncIterator[str], answer: WatchedAnswer, *, every: int) -> AsyncIterator[str]:
+async def released(events: AsyncIterator[str], answer: WatchedAnswer, *, every: int, until: float) -> AsyncGenerator[str, None]:
     """The events of a stream, each after its text was looked at: a look waits for `every` tokens and takes what has arrived
-    meanwhile too. `[DONE]` is left out.
+    meanwhile too. `[DONE]` is left out. `until`: the loop's time at which it has to be over.
 
     Raises:
         Garbled: an event is no chunk, or the stream ended before its answer.
         LeftAllow: the answer left ALLOW; nothing more is released.
+        TimeoutError: it is not over yet.
     """
     held: list[str] = []
-    async for batch in _arriving(events):
-        for data in batch:
-            if data != DONE:
-                answer.take(data)
-                held.append(data)
-        if DONE in batch or not 0 < answer.waiting < every:
-            await answer.look()
-            for data in held:
-                yield data
-            held.clear()
+    async with aclosing(_arriving(events, until)) as batches:
+        async for batch in batches:
+            for data in batch:
+                if data != DONE:
+                    answer.take(data.encode())
+                    held.append(data)
+            if DONE in batch or not 0 < answer.waiting < every:
+                await answer.look()
+                for data in held:
+                    yield data
+                held.clear()
     if not answer.finished:
         raise Garbled("a stream that ended before its answer")
 
 
-async def _arriving(events: AsyncIterator[str]) -> AsyncIterator[list[str]]:
+async def _arriving(events: AsyncIterator[str], until: float) -> AsyncGenerator[list[str], None]:
     """What has come since the last time, one event or more; the last of all is `[DONE]`, sent or not."""
 
     async def following() -> str:
@@ -180,7 +182,9 @@ async def _arriving(events: AsyncIterator[str]) -> AsyncIterator[list[str]]:
     try:
         batch: list[str] = []
         while DONE not in batch:
-            batch = [await coming]
+            if not (await asyncio.wait({coming}, timeout=until - asyncio.get_running_loop().time()))[0]:
+                raise TimeoutError
+            batch = [coming.result()]
             while batch[-1] != DONE:
                 coming = asyncio.create_task(following())
                 if len(batch) == MOST_EVENTS or not (await asyncio.wait({coming}, timeout=ARRIVED_SECONDS))[0]:
