@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from so8t.commands.serve import launch, read_token, server_arguments
-from so8t.commands.types import positive_number
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -28,9 +27,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="URL",
         help="the server behind, as an OpenAI client's base_url: http://localhost:8000/v1",
-    )
-    parser.add_argument(
-        "--upstream-timeout", type=positive_number, default=60.0, help="seconds it may be silent (default %(default)g)"
     )
     parser.add_argument(
         "--upstream-key-file",
@@ -62,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         from so8t.serving.guard_app import guard_routes
         from so8t.serving.upstream import Upstream
 
-        upstream = Upstream(args.upstream, service.metrics.upstream, seconds=args.upstream_timeout, key=key)
+        upstream = Upstream(args.upstream, service.metrics.upstream, seconds=service.limit, key=key)
         return guard_routes(Guard(service, upstream, watch_every=args.watch_every))
 
     launch(args, token, (routes,))
