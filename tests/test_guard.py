@@ -19,10 +19,9 @@ from so8t.model import Decisions
 from so8t.serving.app import make_app
 from so8t.serving.guard import Guard
 from so8t.serving.guard_app import guard_routes
-from so8t.serving.metrics import Metrics
-from so8t.serving.service import Service
+from so8t.serving.service import make_service
 from so8t.serving.upstream import Upstream as Behind
-from so8t.serving.worker import Worker
+from so8t.serving.worker import Limits
 from tests.upstreams import Upstream, chunk, chunks, completion, running, until
 
 
@@ -59,12 +58,12 @@ def loaded(finished_run):
 class Guarded:
     """A guard in front of an upstream, both on threads; `kill` ends what stands behind it."""
 
-    def __init__(self, agent, folder, upstream, *, url, seconds=5.0, limit=20.0, key=None, max_queue=64, **options):
+    def __init__(self, agent, folder, upstream, *, url, seconds=5.0, limit=20.0, key=None, **options):
         self.audit, self.queue = AuditLog(folder / "audit"), EscalationQueue(folder / "escalations.sqlite")
-        self.agent, self.upstream, self.metrics = agent, upstream, Metrics()
+        self.agent, self.upstream = agent, upstream
         safe = SafeAgent(agent, audit=self.audit, queue=self.queue, keep_text=True)
-        worker = Worker(safe, self.metrics, max_batch=8, max_wait=0.0, max_queue=max_queue, max_answers=1)
-        service = Service("tiny-so8t", safe.digest, 7, worker, self.queue, self.metrics, limit)
+        service = make_service(safe, self.queue, Limits(seconds=limit))
+        self.metrics = service.metrics
         behind = Behind(url, self.metrics.upstream, seconds=seconds, key=key)
         guard = Guard(service, behind, watch_every=options.pop("watch_every", 8))
         self.app = make_app(service, routes=(lambda _: guard_routes(guard),), max_bytes=2**16, **options)

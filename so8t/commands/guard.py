@@ -35,7 +35,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a file that holds the key to send it (or set {KEY}); without one, and without a token of the guard's own, "
         "it gets the client's",
     )
-    parser.set_defaults(max_batch=16, max_wait_ms=0.0, max_answers=1, max_new_tokens=1)  # it generates nothing itself
 
 
 def base_url(text: str) -> str:
@@ -58,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
         from so8t.serving.guard_app import guard_routes
         from so8t.serving.upstream import Upstream
 
-        upstream = Upstream(args.upstream, service.metrics.upstream, seconds=service.limit, key=key)
+        upstream = Upstream(args.upstream, service.metrics.upstream, seconds=args.timeout, key=key)
         return guard_routes(Guard(service, upstream, watch_every=args.watch_every))
 
-    launch(args, token, (routes,))
+    from so8t.serving.worker import Limits
+
+    launch(args, token, (routes,), Limits(queue=args.max_queue, seconds=args.timeout))

@@ -16,6 +16,7 @@ from so8t.errors import SO8TError
 
 if TYPE_CHECKING:
     from so8t.serving.app import Routes
+    from so8t.serving.worker import Limits
 
 HELP = "serve a trained agent over HTTP: OpenAI's endpoints, decisions, escalations, metrics"
 
@@ -63,11 +64,15 @@ def run(args: argparse.Namespace) -> None:
     """The command."""
     token = read_token(args.token_file)
     from so8t.serving.app import ROUTES
+    from so8t.serving.worker import Limits
 
-    launch(args, token, ROUTES)
+    limits = Limits(args.max_batch, args.max_wait_ms / 1e3, args.max_queue, args.max_answers, args.timeout)
+    launch(args, token, ROUTES, limits, max_new_tokens=args.max_new_tokens)
 
 
-def launch(args: argparse.Namespace, token: str | None, routes: Sequence[Routes]) -> None:
+def launch(
+    args: argparse.Namespace, token: str | None, routes: Sequence[Routes], limits: Limits, *, max_new_tokens: int = 1
+) -> None:
     """Loads the run and serves it by these routes until it is told to stop.
 
     Raises:
@@ -84,38 +89,18 @@ def launch(args: argparse.Namespace, token: str | None, routes: Sequence[Routes]
     from so8t.audit import AuditLog
     from so8t.escalations import EscalationQueue
     from so8t.serving.app import make_app
-    from so8t.serving.metrics import Metrics
-    from so8t.serving.service import Service
-    from so8t.serving.worker import Worker
+    from so8t.serving.service import make_service
 
-    agent = load_agent(args.run)
     queue = EscalationQueue(args.state / QUEUE)
     safe = SafeAgent(
-        agent,
+        load_agent(args.run),
         audit=AuditLog(args.state / AUDIT),
         queue=queue,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         watch_every=args.watch_every,
         keep_text=args.keep_text,
     )
-    metrics = Metrics()
-    worker = Worker(
-        safe,
-        metrics,
-        max_batch=args.max_batch,
-        max_wait=args.max_wait_ms / 1e3,
-        max_queue=args.max_queue,
-        max_answers=args.max_answers,
-    )
-    service = Service(
-        model=f"{agent.model.base.spec.name}-so8t",
-        digest=safe.digest,
-        created=int((agent.folder / "adapter.json").stat().st_mtime),
-        worker=worker,
-        queue=queue,
-        metrics=metrics,
-        limit=args.timeout,
-    )
+    service = make_service(safe, queue, limits)
     hosts = LOOPBACK if args.host in LOOPBACK else ()
     app = make_app(service, max_bytes=args.max_body_kib * 2**10, token=token, hosts=hosts, routes=routes)
     host, number = listener.getsockname()[:2]

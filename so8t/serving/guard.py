@@ -48,7 +48,7 @@ class Guard:
 
     def __init__(self, service: Service, upstream: Upstream, *, watch_every: int):
         self.service, self.upstream, self.watch_every = service, upstream, watch_every
-        self.safe = service.worker.agent
+        self.safe = service.agent
         self.template = copy.deepcopy(self.safe.agent.template)  # a tokenizer is not for two threads
         self._writing: set[asyncio.Future] = set()
 
@@ -58,7 +58,7 @@ class Guard:
         Raises:
             WireError: the upstream failed.
         """
-        async with self.upstream.asked("GET", "/models", headers) as response, asyncio.timeout(self.service.limit):
+        async with self.upstream.asked("GET", "/models", headers) as response, asyncio.timeout(self.service.limits.seconds):
             body = await read(response)
             try:
                 parse(body)
@@ -140,7 +140,10 @@ class Guard:
         """
         answer = self.watched(watch)
         try:
-            async with self.upstream.asked("POST", CHAT, headers, chat.body) as response, asyncio.timeout(self.service.limit):
+            async with (
+                self.upstream.asked("POST", CHAT, headers, chat.body) as response,
+                asyncio.timeout(self.service.limits.seconds),
+            ):
                 body = await read(response)
                 answer.take(body)
                 await answer.look()
@@ -160,7 +163,7 @@ class Guard:
             LeftAllow: the answer left ALLOW, and `watch.reply` tells the rest.
             WireError: the upstream failed.
         """
-        until = asyncio.get_running_loop().time() + self.service.limit
+        until = asyncio.get_running_loop().time() + self.service.limits.seconds
         try:
             async with (
                 self.upstream.asked("POST", CHAT, headers, chat.body) as response,
