@@ -9,10 +9,13 @@ import openai
 import pytest
 import torch
 from fastapi.responses import JSONResponse, Response
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from so8t.adapter import Agent, load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
+from so8t.conversation import with_answer
 from so8t.escalations import EscalationQueue
 from so8t.labels import Label
 from so8t.model import Decisions
@@ -21,6 +24,7 @@ from so8t.serving.guard import Guard
 from so8t.serving.guard_app import guard_routes
 from so8t.serving.service import make_service
 from so8t.serving.upstream import Upstream as Behind
+from so8t.serving.watched import pieces
 from so8t.serving.worker import Limits
 from tests.upstreams import Upstream, chunk, chunks, completion, running, until
 
@@ -58,11 +62,11 @@ def loaded(finished_run):
 class Guarded:
     """A guard in front of an upstream, both on threads; `kill` ends what stands behind it."""
 
-    def __init__(self, agent, folder, upstream, *, url, seconds=5.0, limit=20.0, key=None, **options):
+    def __init__(self, agent, folder, upstream, *, url, seconds=5.0, limit=20.0, key=None, waiting=64, **options):
         self.audit, self.queue = AuditLog(folder / "audit"), EscalationQueue(folder / "escalations.sqlite")
         self.agent, self.upstream = agent, upstream
         safe = SafeAgent(agent, audit=self.audit, queue=self.queue, keep_text=True)
-        service = make_service(safe, self.queue, Limits(seconds=limit))
+        service = make_service(safe, self.queue, Limits(seconds=limit, queue=waiting))
         self.metrics = service.metrics
         behind = Behind(url, self.metrics.upstream, seconds=seconds, key=key)
         guard = Guard(service, behind, watch_every=options.pop("watch_every", 8))
@@ -351,6 +355,17 @@ def test_chunks_that_are_cut_anywhere_are_put_together_and_go_on_unchanged(guard
     assert lines[-1] == "data: [DONE]"
 
 
+@given(st.text(max_size=60), st.text(min_size=1, max_size=60))
+@settings(max_examples=40, deadline=None)
+def test_the_newest_piece_of_an_answer_is_in_view_however_long_it_is(loaded, before, newest):
+    template = loaded.template
+    pieces_of_it = list(pieces(newest, template.length, template.room // 3))
+    text = before * 30 + pieces_of_it[0]
+    encoded = template.encode(with_answer("go on", text))
+    seen = template.tokenizer.decode(encoded.tokens[slice(*encoded.span)])
+    assert seen.endswith(pieces_of_it[0]) or not text.strip()
+
+
 # -- failures --------------------------------------------------------------------------------------------------------------
 
 
@@ -379,9 +394,11 @@ def test_an_upstream_that_answers_nonsense_is_a_bad_gateway(guarded, upstream, w
 
 def test_what_the_upstream_refuses_keeps_its_status_but_not_its_words(guarded, upstream):
     guard = guarded()
-    upstream.whole = JSONResponse({"error": {"message": "poison"}}, 429, {"Retry-After": "7"})
+    failed = {"message": "poison", "code": "slow_down", "param": "poison her"}
+    upstream.whole = JSONResponse({"error": failed}, 429, {"Retry-After": "7"})
     answer = post(guard, HELLO)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+    assert "slow_down" in answer.text
     assert "poison" not in answer.text
     with pytest.raises(openai.RateLimitError):
         ask(guard, "hello")
@@ -478,6 +495,12 @@ def test_a_failure_while_watching_withholds_the_answer(guarded, upstream):
     assert "there" not in got.model_dump_json()
 
 
+def test_a_guard_whose_queue_is_full_turns_requests_away(guarded, upstream):
+    answer = post(guarded(waiting=0), HELLO)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert upstream.asked == []
+
+
 def test_many_clients_at_once_each_get_their_own_answer_and_the_log_stays_whole(guarded, upstream):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -497,3 +520,20 @@ def test_the_real_head_decides_before_and_after_the_upstream(always, upstream, t
             answer = post(guard, HELLO).json()
         assert (answer["choices"][0]["finish_reason"] == "stop") is (label is Label.ALLOW)
         assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ([], "--upstream"),
+        (["--upstream", "localhost:8000"], "no address"),
+        (["--upstream", "http://localhost/v1?key=1"], "no address"),
+        (["--upstream", "http://localhost/v1", "--host", "0.0.0.0"], "SO8T_TOKEN"),
+        (["--upstream", "http://localhost/v1", "--upstream-key-file", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_told_before_anything_is_loaded(so8t, monkeypatch, more, told):
+    monkeypatch.delenv("SO8T_TOKEN", raising=False)
+    code, _, err = so8t("guard", "no-such-run", *more)
+    assert code == 2
+    assert told in err

@@ -8,7 +8,8 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import httpx2
 from prometheus_client import Counter
 
-from so8t.serving.watched import Garbled
+from so8t.serving.strict_json import parse
+from so8t.serving.watched import WORD, Garbled
 from so8t.serving.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -101,13 +102,19 @@ def _told(error: Exception) -> WireError:
 
 
 async def _refused(answer: httpx2.Response) -> WireError:
-    """Its status, where that is for the client; its words, which may quote an answer, are for the log."""
-    status = answer.status_code
-    told = await read(answer)
-    log.warning("the upstream answered %d: %.500s", status, told.decode("utf-8", "replace"))
+    """Its status, where that is for the client, and words for programs; its message may quote an answer and is for the log."""
+    status, body = answer.status_code, await read(answer)
+    log.warning("the upstream answered %d: %.500s", status, body.decode("utf-8", "replace"))
+    try:
+        told = parse(body)
+    except ValueError:
+        told = None
+    detail = told.get("error") if isinstance(told, dict) else None
+    detail = detail if isinstance(detail, dict) else {}
+    words = [word for name in ("code", "param") if isinstance(word := detail.get(name), str) and WORD.fullmatch(word)]
     return WireError(
         status if 400 <= status < 500 or status in (503, 529) else 502,
-        f"the upstream answered {status}; the guard's log has its words",
+        f"the upstream answered {' '.join([str(status), *words])}; the guard's log has its message",
         code="upstream_refused",
         headers=handed_back(answer),
     )

@@ -20,8 +20,9 @@ METADATA = {
     *("id", "object", "model", "provider", "system_fingerprint", "service_tier", "obfuscation"),
     *("role", "type", "finish_reason", "severity", "tool_call_id"),
 }
-"""Names whose strings are not read if they are words for programs: printable ASCII, no space, no more than 64 characters."""
+"""Names whose strings are not read if they are words for programs."""
 WORD = re.compile(r"[!-~]{0,64}")
+"""Such a word: printable ASCII, no space, no more than 64 characters."""
 
 DONE = "[DONE]"
 """Ends a stream."""
