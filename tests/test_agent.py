@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from so8t.adapter import Agent, load_agent
-from so8t.agent import SPOKEN, SafeAgent
+from so8t.agent import SPOKEN, Growth, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
 from so8t.cli import main
-from so8t.conversation import Prompt
+from so8t.conversation import Exchange, Prompt
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.gates import GateSpec
@@ -162,6 +162,89 @@ def test_the_audit_log_holds_hashes_unless_texts_are_asked_for(ruled, state, tmp
     assert (decision["request"], answer["answer"]) == ("my secret", reply.text)
     assert decision["adapter_sha256"]
     assert decision["thresholds"] is None
+
+
+EARLIER = (Exchange("one", "answer one"), Exchange("two", "answer two"))
+
+
+def test_in_a_conversation_a_request_is_decided_alone_and_behind_the_earlier_ones(ruled, state):
+    agent = ruled(lambda text, n: Label.ALLOW)
+    reply = SafeAgent(agent, audit=state[0], max_new_tokens=4, watch_every=4).respond("three", None, EARLIER)
+    assert reply.finished
+    assert agent.asked[:4] == ["one", "one\n\nanswer one", "two", "two\n\nanswer two"]
+    assert agent.asked[4:6] == ["three", "one\n\ntwo\n\nthree"]
+    assert agent.asked[6:] == ["three", "one\n\ntwo\n\nthree"]  # the watch: this answer has no visible text
+    assert [entry["event"] for entry in told(state[0])] == ["decision", "answer"]
+
+
+@pytest.mark.parametrize("alone", Label)
+@pytest.mark.parametrize("behind", Label)
+def test_the_stricter_of_the_two_decisions_counts(ruled, alone, behind):
+    agent = ruled(lambda text, n: {"three": alone, "one\n\ntwo\n\nthree": behind}.get(text, Label.ALLOW))
+    safe = SafeAgent(agent, max_new_tokens=4)
+    first = next(safe.stream("three", None, EARLIER))
+    assert first.verdict.label is max(alone, behind)
+    assert first.finished is (max(alone, behind) is not Label.ALLOW)
+
+
+@pytest.mark.parametrize("bad", ["one", "one\n\nanswer one"])
+@pytest.mark.parametrize("label", [Label.ESCALATE, Label.REFUSE])
+def test_an_exchange_that_is_not_allowed_is_kept_from_the_base(ruled, state, bad, label, monkeypatch):
+    agent = ruled(lambda text, n: label if text == bad else Label.ALLOW)
+    safe, seen = SafeAgent(agent, audit=state[0], max_new_tokens=4), []
+    encode = agent.template.encode_conversation
+    monkeypatch.setattr(agent.template, "encode_conversation", lambda prompt: seen.append(prompt) or encode(prompt))
+    assert safe.respond("three", None, EARLIER).verdict.label is Label.ALLOW
+    assert seen[-1] == Prompt("three", None, EARLIER[1:])
+    assert told(state[0])[0]["left_out"] == 1
+
+
+def test_the_oldest_exchanges_go_when_there_is_no_room(ruled):
+    agent = ruled(lambda text, n: Label.ALLOW)
+    long = tuple(Exchange(f"{k} " + "x" * 90, "y" * 90) for k in range(9))
+    SafeAgent(agent, max_new_tokens=4).respond("last", None, long)
+    kept = [text for text in agent.asked if text.endswith("y")]
+    assert 0 < len(kept) < 9
+    assert kept[-1].startswith("8 ")
+    assert agent.template.reads_whole(agent.asked[-1])
+    assert agent.asked[-1].startswith("8 ")  # one more would not fit
+
+
+def test_an_escalated_request_is_answered_in_its_conversation_after_approval(ruled, state, monkeypatch):
+    agent = ruled(lambda text, n: Label.ESCALATE if text == "three" else Label.ALLOW)
+    safe = SafeAgent(agent, queue=state[1], max_new_tokens=4)
+    assert safe.respond("three", "at home", EARLIER).escalation == 1
+    state[1].decide(1, "approved")
+    seen, encode = [], agent.template.encode_conversation
+    monkeypatch.setattr(agent.template, "encode_conversation", lambda prompt: seen.append(prompt) or encode(prompt))
+    assert safe.resume(1).finished
+    assert seen[-1] == Prompt("three", "at home", EARLIER)
+
+
+def test_a_conversation_that_cannot_be_read_is_escalate(ruled, state, monkeypatch):
+    agent = ruled(lambda text, n: Label.ALLOW)
+    monkeypatch.setattr(agent.template, "encode_conversation", lambda prompt: 1 / 0)
+    safe = SafeAgent(agent, audit=state[0], queue=state[1])
+    reply = safe.respond("three", None, EARLIER)
+    assert (reply.verdict.label, reply.verdict.failed, safe.failures) == (Label.ESCALATE, True, 1)
+
+
+def test_what_fails_among_many_fails_alone(ruled):
+    agent = ruled(lambda text, n: 1 / 0 if text == "b" else Label.ALLOW)
+    safe = SafeAgent(agent)
+    assert [v.failed for v in safe.decide_many([("a", None), ("b", None), ("c", None)])] == [False, True, False]
+    assert safe.failures == 1
+
+
+def test_chat_keeps_the_conversation_until_a_new_one_begins(always, tmp_path, monkeypatch):
+    asked = []
+    lines = iter(["hello", "and again", "/new", "anew", ""])
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt="": next(lines))
+    monkeypatch.setattr(
+        SafeAgent, "_watchable", lambda self, prompt, most: asked.append(prompt) or iter([Growth("so", "stop", 1, 1)])
+    )
+    main(["chat", str(always("ALLOW")), "--state", str(tmp_path / "state")])
+    assert asked == [Prompt("hello"), Prompt("and again", None, (Exchange("hello", "so"),)), Prompt("anew")]
 
 
 def test_chat_answers_every_line_and_leaves_a_whole_log(always, tmp_path, capsys, monkeypatch):

@@ -82,6 +82,20 @@ def test_rotation_overwrites_nothing_and_keeps_the_chain(tmp_path):
     assert (found.lines, found.problems) == (20, [])
 
 
+@pytest.mark.parametrize("max_bytes", [2**20, 700])
+def test_lines_added_together_are_the_lines_added_one_by_one(tmp_path, max_bytes):
+    log = AuditLog(tmp_path, max_bytes=max_bytes)
+    for step in range(3):
+        last = log.extend([{"event": "decision", "request": f"{step} {k}"} for k in range(4)])
+    found = verify(tmp_path)
+    assert (found.lines, found.last, found.problems) == (12, last, [])
+    files = files_of(tmp_path)
+    assert len(files) > 1 or max_bytes > 700
+    assert all(file.stat().st_size <= max_bytes for file in files)
+    told = [json.loads(line)["request"] for file in files for line in file.read_text().splitlines()]
+    assert told == [f"{step} {k}" for step in range(3) for k in range(4)]
+
+
 def test_a_log_is_gone_on_with_by_another_process(tmp_path):
     filled(tmp_path, lines=3, max_bytes=700)
     first, second = AuditLog(tmp_path, max_bytes=700), AuditLog(tmp_path, max_bytes=700)

@@ -1,10 +1,13 @@
 """The queue of escalated requests: each waits for one decision, and gets one."""
 
+import sqlite3
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 
 import pytest
 
 from so8t.cli import main
+from so8t.conversation import Exchange
 from so8t.errors import ArtefactError, SO8TError
 from so8t.escalations import EscalationQueue
 
@@ -23,6 +26,20 @@ def test_what_was_put_in_comes_out_oldest_first(queue):
     assert [item.request for item in queue.listed()] == ["wire the money", "drop the table", "日本語"]
     item = queue.get(2)
     assert (item.state, item.probabilities, item.context, item.reason) == ("pending", PROBABILITIES, None, "decision")
+
+
+def test_a_request_keeps_the_conversation_it_came_in(queue):
+    earlier = (Exchange("hello", "Good day."), Exchange("日本語", "はい"))
+    assert queue.get(queue.add("and now?", "at home", PROBABILITIES, "decision", earlier)).earlier == earlier
+    assert queue.get(1).earlier == ()
+
+
+def test_a_queue_from_before_conversations_is_gone_on_with(queue):
+    with closing(sqlite3.connect(queue.path)) as database:
+        database.execute("ALTER TABLE escalations DROP COLUMN earlier")
+    again = EscalationQueue(queue.path)
+    assert [item.earlier for item in again.listed()] == [(), (), ()]
+    assert again.get(again.add("a", None, PROBABILITIES, "decision", [Exchange("b", "c")])).earlier == (Exchange("b", "c"),)
 
 
 def test_a_request_is_decided_once(queue):

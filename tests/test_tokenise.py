@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from so8t.base import load_base, smollm2_folder
+from so8t.conversation import Exchange, Prompt
 from so8t.data.datamodule import RecordDataset, pad_rows
 from so8t.data.records import Record
 from so8t.data.tokenise import RATIONALE_INSTRUCTION, Template
@@ -74,6 +75,27 @@ def test_control_tokens_in_a_request_stay_plain_text(template):
     record = Record("x", Label.ALLOW, task_output=ATTACK)
     target = template.encode_target(record, ATTACK, rationale=False)
     assert not control & set(target.tokens[target.start : -1])
+
+
+def test_a_conversation_is_the_chat_template_around_its_turns(template):
+    earlier = (Exchange("kill a process", "Use kill."), Exchange("包丁", "<|im_end|>"))
+    turns = [{"role": "system", "content": ""}]
+    for exchange in earlier:
+        turns += [{"role": "user", "content": exchange.request}, {"role": "assistant", "content": exchange.answer}]
+    turns[1]["content"] = "at home\n\nkill a process"
+    turns.append({"role": "user", "content": "and then?"})
+    tokens = template.encode_conversation(Prompt("and then?", "at home", earlier))
+    assert text_of(template, tokens) == template.tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+    end = template.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokens.count(end) == len(turns)  # one a turn: the one that was said is plain text
+
+
+def test_a_request_without_others_before_it_has_the_prompt_that_is_decided(template):
+    for context in (None, "at home"):
+        for text in [*REQUESTS, "long " * 300]:
+            assert template.encode_conversation(Prompt(text, context)) == template.encode(text, context).tokens
 
 
 def test_the_decision_position_is_the_last_real_token_and_the_same_for_all_requests(template):
