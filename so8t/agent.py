@@ -25,7 +25,7 @@ from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLog
 from so8t.adapter import REPETITION_PENALTY, Agent
 from so8t.audit import AuditLog
 from so8t.calibration import adapter_digest
-from so8t.conversation import Exchange, Prompt
+from so8t.conversation import Exchange, Prompt, with_answer
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.labels import FAIL_CLOSED, LABELS, Label
@@ -115,17 +115,17 @@ class SafeAgent:
     def decide_many(self, requests: Sequence[tuple[str, str | None]]) -> list[Verdict]:
         """The decisions on requests with their contexts, taken in one pass, written down in their order."""
         begun = time.perf_counter()
-        verdicts = self._verdicts(requests)
+        verdicts = self.verdicts(requests)
         seconds = time.perf_counter() - begun
-        self._write(
+        self.write(
             [
-                self._entry("decision", Prompt(request, context), verdict, seconds=seconds)
+                self.entry("decision", Prompt(request, context), verdict, seconds=seconds)
                 for (request, context), verdict in zip(requests, verdicts, strict=True)
             ]
         )
         return verdicts
 
-    def _verdicts(self, requests: Sequence[tuple[str, str | None]]) -> list[Verdict]:
+    def verdicts(self, requests: Sequence[tuple[str, str | None]]) -> list[Verdict]:
         """Fails closed: what goes wrong inside is ESCALATE, and counted. What goes wrong with many is tried one by one, so that
         no request fails for another's sake."""
         if not all(request.strip() for request, _ in requests):
@@ -136,28 +136,28 @@ class SafeAgent:
             verdicts = [Verdict(Label(label), dict(zip(LABELS, p, strict=True)), failed) for label, p, failed in rows]
         except Exception:
             if len(requests) > 1:
-                return [verdict for request in requests for verdict in self._verdicts([request])]
+                return [verdict for request in requests for verdict in self.verdicts([request])]
             log.exception("a decision failed")
             verdicts = [Verdict(FAIL_CLOSED, dict.fromkeys(LABELS, 1 / len(LABELS)), failed=True)]
         self.failures += sum(verdict.failed for verdict in verdicts)
         return verdicts
 
-    def _verdict(self, prompt: Prompt, answer: str = "") -> Verdict:
+    def verdict(self, prompt: Prompt, answer: str = "") -> Verdict:
         """The stricter decision on the request (with its answer so far) alone and behind the latest earlier ones that fit."""
-        last = _with_answer(prompt.request, answer)
+        last = with_answer(prompt.request, answer)
         readings = [last]
         before = [exchange.request for exchange in prompt.earlier]
         while before and not self.agent.template.reads_whole("\n\n".join([*before, last]), prompt.context):
             before = before[1:]
         if before:
             readings.append("\n\n".join([*before, last]))
-        return max(self._verdicts([(text, prompt.context) for text in readings]), key=lambda verdict: verdict.strictness)
+        return max(self.verdicts([(text, prompt.context) for text in readings]), key=lambda verdict: verdict.strictness)
 
     def _begun(self, prompt: Prompt) -> tuple[Prompt, Verdict]:
         """The conversation with what is allowed of it, and the decision on its request. Fails closed, too."""
         try:
             prompt = self._allowed(prompt)
-            return prompt, self._verdict(prompt)
+            return prompt, self.verdict(prompt)
         except SO8TError:
             raise
         except Exception:
@@ -172,8 +172,8 @@ class SafeAgent:
             earlier = earlier[1:]
         if not earlier:
             return replace(prompt, earlier=())
-        texts = [text for e in earlier for text in (e.request, _with_answer(e.request, e.answer))]
-        allowed = [v.label is Label.ALLOW for v in self._verdicts([(text, prompt.context) for text in texts])]
+        texts = [text for e in earlier for text in (e.request, with_answer(e.request, e.answer))]
+        allowed = [v.label is Label.ALLOW for v in self.verdicts([(text, prompt.context) for text in texts])]
         kept = [e for k, e in enumerate(earlier) if allowed[2 * k] and allowed[2 * k + 1]]
         return replace(prompt, earlier=tuple(kept))
 
@@ -202,40 +202,22 @@ class SafeAgent:
         told = len(prompt.earlier)
         prompt, verdict = self._begun(prompt)
         more = {"left_out": told - len(prompt.earlier)} if told else {}
-        seconds = time.perf_counter() - begun
-        self._write([self._entry("decision", prompt, verdict, seconds=seconds, approved=approved, **more)])
-        if verdict.label is not Label.ALLOW and not approved:
-            yield self._closed(prompt, verdict, "decision")
-            return
-        reply = Reply("", verdict)
-        yield reply
+        watch = Watch(self, prompt, verdict, approved=approved, begun=begun, **more)
+        yield watch.reply
         most = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
         try:
-            for grown in self._watchable(prompt, most):
-                seen = self._verdict(prompt, grown.text)
-                if seen.label is not Label.ALLOW and not (approved and seen.label is Label.ESCALATE and not seen.failed):
-                    closed = self._closed(prompt, seen, "answer")
-                    yield replace(closed, text=reply.text, stopped=True, read=grown.read, written=grown.written)
+            for grown in () if watch.reply.finished else self._watchable(prompt, most):
+                reply = watch.look(grown.text)
+                if grown.end is not None and not reply.stopped:
+                    reply = replace(watch.end("answer", grown.text), cut=grown.end == "length")
+                yield replace(reply, read=grown.read, written=grown.written)
+                if reply.stopped:
                     return
-                reply = Reply(
-                    grown.text,
-                    seen,
-                    finished=grown.end is not None,
-                    cut=grown.end == "length",
-                    read=grown.read,
-                    written=grown.written,
-                )
-                if reply.finished:
-                    seconds = time.perf_counter() - begun
-                    self._write([self._entry("answer", prompt, seen, answer=reply.text, seconds=seconds)])
-                yield reply
         except SO8TError:
             raise
         except Exception:
             log.exception("an answer failed")
-            self.failures += 1
-            broken = Verdict(FAIL_CLOSED, verdict.probabilities, failed=True)
-            yield replace(self._closed(prompt, broken, "failure"), text=reply.text, stopped=True)
+            yield watch.fail()
 
     def resume(self, number: int) -> Reply:
         """What becomes of an escalated request after a person decided: the answer, or the refusal.
@@ -256,7 +238,7 @@ class SafeAgent:
             raise SO8TError(f"escalation {number} is pending: approve or deny it first")
         if found.state == "denied":
             verdict = Verdict(Label.REFUSE, found.probabilities)
-            self._write([self._entry("denied", prompt, verdict, escalation=number)])
+            self.write([self.entry("denied", prompt, verdict, escalation=number)])
             yield Reply(SPOKEN[Label.REFUSE], verdict, finished=True)
             return
         yield from self._stream(prompt, None, approved=True)
@@ -289,23 +271,12 @@ class SafeAgent:
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
-    def _closed(self, prompt: Prompt, verdict: Verdict, reason: str) -> Reply:
-        """The reply without an answer; what is for a person goes into the queue."""
-        number = None
-        if verdict.label is Label.ESCALATE and self.queue is not None:
-            why = "failure" if verdict.failed else reason
-            number = self.queue.add(prompt.request, prompt.context, verdict.probabilities, why, prompt.earlier)
-        if reason != "decision":
-            self._write([self._entry("stopped", prompt, verdict, escalation=number)])
-        told = "" if number is None else f" (escalation {number})"
-        return Reply(SPOKEN[verdict.label].format(number=told), verdict, finished=True, escalation=number)
-
-    def _write(self, entries: Sequence[Mapping[str, object]]) -> None:
+    def write(self, entries: Sequence[Mapping[str, object]]) -> None:
         """Lines of the audit log."""
         if self.audit is not None:
             self.audit.extend(entries)
 
-    def _entry(self, event: str, prompt: Prompt, verdict: Verdict, **more: object) -> dict[str, object]:
+    def entry(self, event: str, prompt: Prompt, verdict: Verdict, **more: object) -> dict[str, object]:
         """One line of the audit log."""
         policy = self.agent.policy
         texts = {"request": prompt.request, "context": prompt.context}
@@ -328,6 +299,60 @@ class SafeAgent:
         }
 
 
-def _with_answer(request: str, answer: str) -> str:
-    """How the head reads an answer: behind its request, in the place of a request."""
-    return f"{request}\n\n{answer}" if answer.strip() else request
+class Watch:
+    """A decided request, and the answer that whoever gives it is about to give: written down, looked at as it grows, closed.
+
+    `reply` is the latest: of the request alone at first, `finished` where that was not allowed. `approved`: a person has
+    allowed the request, and its answer is watched against REFUSE alone. `begun` is when its reading began.
+    """
+
+    def __init__(self, safe: SafeAgent, prompt: Prompt, verdict: Verdict, *, approved: bool, begun: float, **more: object):
+        self.safe, self.prompt, self.approved, self.begun = safe, prompt, approved, begun
+        self.reply = Reply("", verdict)
+        self._write("decision", verdict, seconds=self._seconds(), approved=approved, **more)
+        if verdict.label is not Label.ALLOW and not approved:
+            self.reply = self._closed(verdict, "decision")
+
+    def look(self, text: str) -> Reply:
+        """Decides on all of the answer so far: it may be shown, unless the reply is `stopped`."""
+        seen = self.safe.verdict(self.prompt, text)
+        if seen.label is not Label.ALLOW and not (self.approved and seen.label is Label.ESCALATE and not seen.failed):
+            return self._stopped(seen, "answer")
+        self.reply = Reply(text, seen)
+        return self.reply
+
+    def end(self, event: Literal["answer", "interrupted"], text: str) -> Reply:
+        """Writes down that the answer is over, and what of it was looked at."""
+        self.reply = replace(self.reply, finished=True)
+        self._write(event, self.reply.verdict, answer=text, seconds=self._seconds())
+        return self.reply
+
+    def fail(self) -> Reply:
+        """What becomes of the answer when something broke."""
+        self.safe.failures += 1
+        return self._stopped(replace(self.reply.verdict, label=FAIL_CLOSED, failed=True), "failure")
+
+    def _stopped(self, verdict: Verdict, reason: str) -> Reply:
+        self.reply = replace(self._closed(verdict, reason), text=self.reply.text, stopped=True)
+        return self.reply
+
+    def _closed(self, verdict: Verdict, reason: str) -> Reply:
+        """The reply without an answer; what is for a person goes into the queue."""
+        queue, prompt, number = self.safe.queue, self.prompt, None
+        if verdict.label is Label.ESCALATE and queue is not None:
+            why = "failure" if verdict.failed else reason
+            number = queue.add(prompt.request, prompt.context, verdict.probabilities, why, prompt.earlier)
+        if reason != "decision":
+            self._write("stopped", verdict, escalation=number)
+        return Reply(spoken(verdict, number), verdict, finished=True, escalation=number)
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def _write(self, event: str, verdict: Verdict, **more: object) -> None:
+        self.safe.write([self.safe.entry(event, self.prompt, verdict, **more)])
+
+
+def spoken(verdict: Verdict, escalation: int | None) -> str:
+    """What is said instead of an answer."""
+    return SPOKEN[verdict.label].format(number="" if escalation is None else f" (escalation {escalation})")

@@ -14,6 +14,7 @@ COMMANDS = (
     "calibrate",
     "chat",
     "serve",
+    "guard",
     "escalations",
     "audit",
     "data",

@@ -18,3 +18,8 @@ class Prompt:
     request: str
     context: str | None = None
     earlier: tuple[Exchange, ...] = ()
+
+
+def with_answer(request: str, answer: str) -> str:
+    """How the head reads an answer: behind its request, in the place of a request."""
+    return f"{request}\n\n{answer}" if answer.strip() else request

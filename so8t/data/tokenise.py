@@ -95,7 +95,11 @@ class Template:
 
     def reads_whole(self, request: str, context: str | None = None) -> bool:
         """Whether nothing of it is cut out."""
-        return len(self._ids(f"{context}\n\n{request}" if context else request, plain=True)) <= self.room
+        return self.length(f"{context}\n\n{request}" if context else request) <= self.room
+
+    def length(self, text: str) -> int:
+        """Tokens of a text of its own."""
+        return len(self._ids(text, plain=True))
 
     def encode_conversation(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt of a request after others, for an answer; the context stands before the first of them. Every turn is cut

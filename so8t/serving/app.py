@@ -1,6 +1,6 @@
 """The server as an ASGI application: routes, limits, health, figures. Starting up starts the worker, shutting down finishes."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
@@ -19,7 +19,8 @@ from so8t.serving.wire import WireError
 OPEN_PATHS = frozenset({"/healthz"})
 """What needs no token."""
 
-ROUTES = (openai_routes, decision_routes)
+Routes = Callable[[Service], APIRouter]
+ROUTES: tuple[Routes, ...] = (openai_routes, decision_routes)
 
 
 def operation_routes(service: Service) -> APIRouter:
@@ -40,7 +41,14 @@ def operation_routes(service: Service) -> APIRouter:
     return routes
 
 
-def make_app(service: Service, *, max_bytes: int, token: str | None = None, hosts: Sequence[str] = ()) -> FastAPI:
+def make_app(
+    service: Service,
+    *,
+    max_bytes: int,
+    token: str | None = None,
+    hosts: Sequence[str] = (),
+    routes: Sequence[Routes] = ROUTES,
+) -> FastAPI:
     """The application. `hosts`: names that a request may call the server by, if not any: on loopback, a foreign page whose name
     leads here must not get through."""
 
@@ -51,8 +59,8 @@ def make_app(service: Service, *, max_bytes: int, token: str | None = None, host
         await run_in_threadpool(service.worker.stop)
 
     app = FastAPI(title="so8t", lifespan=lifespan)
-    for routes in (*ROUTES, operation_routes):
-        app.include_router(routes(service))
+    for of in (*routes, operation_routes):
+        app.include_router(of(service))
     tell_errors(app)
     app.add_middleware(BodyLimit, max_bytes=max_bytes)
     if token is not None:

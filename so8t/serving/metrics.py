@@ -27,6 +27,7 @@ class Metrics:
         self.waiting = Gauge("so8t_queue_waiting", "Decisions and answers that wait", registry=self.registry)
         self.pending = Gauge("so8t_escalations_pending", "Escalations that wait for a person", registry=self.registry)
         self.turned_away = Counter("so8t_turned_away", "Requests refused because the queue was full", registry=self.registry)
+        self.upstream = Counter("so8t_upstream_failures", "Failures of a guard's upstream", ("code",), registry=self.registry)
 
     def decided(self, verdict: Verdict) -> None:
         """Counts one."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from so8t.agent import Reply, SafeAgent, Verdict
 from so8t.errors import SO8TError
@@ -19,6 +20,8 @@ from so8t.serving.metrics import Metrics
 from so8t.serving.wire import WireError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Asked = tuple[str, str | None]
 """A request and its context."""
@@ -61,6 +64,12 @@ class Answering:
         self.cancelled = True
 
 
+@dataclass
+class _Task:
+    act: Callable[[], object]
+    future: Future = field(default_factory=Future)
+
+
 class Worker:
     """Batches for an agent, within limits."""
 
@@ -69,6 +78,7 @@ class Worker:
         self._changed = threading.Condition()
         self._decisions: deque[_Decision] = deque()
         self._asked: deque[Answering] = deque()
+        self._tasks: deque[_Task] = deque()
         self._answering: list[Answering] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="so8t-worker", daemon=True)
@@ -95,7 +105,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Decisions and answers that wait."""
-        return len(self._decisions) + len(self._asked)
+        return len(self._decisions) + len(self._asked) + len(self._tasks)
 
     def decide(self, requests: Sequence[Asked]) -> list[Future[Verdict]]:
         """Puts all of them into the queue, or none. A future that is cancelled in time is not decided.
@@ -119,6 +129,21 @@ class Worker:
             self._asked.append(job)
         return job
 
+    def have_done(self, act: Callable[[], T], *, accepted: bool = False) -> Future[T]:
+        """Has something done in the worker's thread; one that is cancelled in time is not done. `accepted`: it belongs to a
+        request that was accepted before, so it finds room.
+
+        Raises:
+            WireError: 503, the queue is full or the worker stops.
+        """
+        task = _Task(act)
+        with self._changed if accepted else self._room_for(1):
+            if not self._thread.is_alive():
+                raise WireError(503, "the server has stopped", code="overloaded")
+            self._tasks.append(task)
+            self._changed.notify()
+        return task.future
+
     @contextmanager
     def _room_for(self, jobs: int) -> Iterator[None]:
         """Under the lock, if there is room."""
@@ -139,17 +164,18 @@ class Worker:
             for job in list(self._answering):
                 if not self._step(job):
                     self._answering.remove(job)
+            self._do(len(self._tasks))
 
     def _wait_for_work(self) -> bool:
         """Returns when there is something to do, or with False when the worker stops and nothing is left."""
         with self._changed:
-            while not (self._decisions or self._asked or self._answering):
+            while not (self._decisions or self._asked or self._answering or self._tasks):
                 if self._stopping:
                     return False
                 self._changed.wait()
-            if self._decisions and not (self._asked or self._answering):
+            if self._decisions and not (self._asked or self._answering or self._tasks):
                 deadline = self._decisions[0].accepted + self.limits.wait
-                while len(self._decisions) < self.limits.batch and not (self._asked or self._stopping):
+                while len(self._decisions) < self.limits.batch and not (self._asked or self._tasks or self._stopping):
                     left = deadline - time.monotonic()
                     if left <= 0:
                         break
@@ -177,6 +203,16 @@ class Worker:
         for job, verdict in zip(jobs, verdicts, strict=True):
             self.metrics.decided(verdict)
             job.future.set_result(verdict)
+
+    def _do(self, tasks: int) -> None:
+        for _ in range(tasks):
+            task = self._tasks.popleft()
+            if not task.future.set_running_or_notify_cancel():
+                continue
+            try:
+                task.future.set_result(task.act())
+            except Exception as error:
+                task.future.set_exception(error)
 
     def _step(self, job: Answering) -> bool:
         """Takes an answer one reply further; whether it goes on."""
