@@ -6,6 +6,7 @@ are checked; nothing is unpickled.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from so8t.base import BaseSpec, identity, load_base
+from so8t.base import BaseSpec, identity, load_base, shared_lead
 from so8t.calibration import Policy, load_policy
 from so8t.data.cache import PrefixCache
-from so8t.data.tokenise import Template
+from so8t.data.tokenise import Template, pad_rows
 from so8t.errors import ArtefactError
 from so8t.files import write_bytes, write_json
 from so8t.gates import GateSpec
@@ -73,11 +74,16 @@ class Agent:
     @torch.no_grad()
     def decide(self, request: str, context: str | None = None) -> Decisions:
         """The decision on one request, one row."""
-        encoded = self.template.encode(request, context)
-        tokens = torch.tensor([encoded.tokens], device=self.model.base.device)
-        mask = torch.ones_like(tokens)
-        output = self.model(self.model.prefix(tokens, mask), mask)
-        decided = self.model.decide(output, torch.tensor([len(encoded.tokens) - 1], device=tokens.device))
+        return self.decide_many([(request, context)])
+
+    @torch.no_grad()
+    def decide_many(self, requests: Sequence[tuple[str, str | None]]) -> Decisions:
+        """The decisions on requests with their contexts, a row each, in one pass."""
+        rows = [self.template.encode(request, context).tokens for request, context in requests]
+        tokens, mask = pad_rows(rows, int(self.template.tokenizer.pad_token_id or 0))
+        tokens, mask = tokens.to(self.model.base.device), mask.to(self.model.base.device)
+        output = self.model(self.model.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
+        decided = self.model.decide(output, mask.sum(1) - 1)
         return decided if self.policy is None else self.policy.apply(decided)
 
     @torch.no_grad()

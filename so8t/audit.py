@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def files_of(folder: Path) -> list[Path]:
 class AuditLog:
     """Appends to `folder/audit-000001.jsonl` and, past `max_bytes`, to the next number. Several processes may share a folder.
 
-    Every line is on disk (fsync) when `append` returns. A line that a killed process left half-written is moved into a file of
-    its own, `*.torn-*`, before the next one is added.
+    Every line is on disk (fsync) when `append` or `extend` returns. A line that a killed process left half-written is moved
+    into a file of its own, `*.torn-*`, before the next one is added.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES):
@@ -56,21 +56,37 @@ class AuditLog:
         Raises:
             ArtefactError: the last line of the log is damaged, so there is nothing to chain to.
         """
+        return self.extend([event])
+
+    def extend(self, events: Sequence[Mapping[str, object]]) -> str:
+        """Adds a line an event, all on disk together, and returns the last hash.
+
+        Raises:
+            ArtefactError: the last line of the log is damaged, so there is nothing to chain to.
+        """
         with self._lock:
             path, size, previous, number = self._end()
-            entry: dict[str, object] = {**event, "number": number + 1, "time": time.time(), "previous": previous}
-            entry["hash"] = digest_of(entry)
-            line = (json.dumps(entry, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-            if size and size + len(line) > self.max_bytes:
-                path, size = _following(path), 0
-            with path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            if not size:
-                _sync_folder(self.folder)
-            self._seen = (path, size + len(line), str(entry["hash"]), number + 1)
-            return str(entry["hash"])
+            waiting = b""
+            for event in events:
+                number += 1
+                entry: dict[str, object] = {**event, "number": number, "time": time.time(), "previous": previous}
+                previous = entry["hash"] = digest_of(entry)
+                line = (json.dumps(entry, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+                if size + len(waiting) and size + len(waiting) + len(line) > self.max_bytes:
+                    self._flush(path, size, waiting)
+                    path, size, waiting = _following(path), 0, b""
+                waiting += line
+            self._flush(path, size, waiting)
+            self._seen = (path, size + len(waiting), previous, number)
+            return previous
+
+    def _flush(self, path: Path, size: int, lines: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        if not size:
+            _sync_folder(self.folder)
 
     def _end(self) -> tuple[Path, int, str, int]:
         """The file to go on with, its size, the last hash and the last number."""

@@ -12,6 +12,7 @@ COMMANDS = (
     "evaluate",
     "calibrate",
     "chat",
+    "serve",
     "escalations",
     "audit",
     "data",

@@ -3,12 +3,13 @@
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from so8t.conversation import Exchange
 from so8t.errors import ArtefactError, SO8TError
 
 State = Literal["pending", "approved", "denied"]
@@ -23,16 +24,20 @@ CREATE TABLE IF NOT EXISTS escalations (
     reason TEXT NOT NULL,
     state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'approved', 'denied')),
     decided REAL,
-    note TEXT
+    note TEXT,
+    earlier TEXT NOT NULL DEFAULT '[]'
 )
 """
-_COLUMNS = "id, created, request, context, probabilities, reason, state, decided, note"
+_EARLIER = "ALTER TABLE escalations ADD COLUMN earlier TEXT NOT NULL DEFAULT '[]'"
+"""For a queue from before conversations were kept in it."""
+_COLUMNS = "id, created, request, context, probabilities, reason, state, decided, note, earlier"
 _WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Escalation:
-    """One request that a person decides. Times are seconds since 1970; `reason` is why it came here."""
+    """One request that a person decides, with the conversation it came in. Times are seconds since 1970; `reason` is why it
+    came here."""
 
     id: int
     created: float
@@ -43,6 +48,7 @@ class Escalation:
     state: State
     decided: float | None
     note: str | None
+    earlier: tuple[Exchange, ...] = ()
 
 
 class EscalationQueue:
@@ -58,6 +64,9 @@ class EscalationQueue:
         with self._open() as database:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute(_TABLE)
+            database.execute("BEGIN IMMEDIATE")  # of two processes that open an old queue, one adds the column
+            if "earlier" not in [row[1] for row in database.execute("PRAGMA table_info(escalations)")]:
+                database.execute(_EARLIER)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -70,12 +79,21 @@ class EscalationQueue:
         finally:
             database.close()
 
-    def add(self, request: str, context: str | None, probabilities: Mapping[str, float], reason: str) -> int:
+    def add(
+        self,
+        request: str,
+        context: str | None,
+        probabilities: Mapping[str, float],
+        reason: str,
+        earlier: Sequence[Exchange] = (),
+    ) -> int:
         """Puts a request in; returns its id."""
-        values = (time.time(), request, context, json.dumps(dict(probabilities)), reason)
+        before = json.dumps([asdict(exchange) for exchange in earlier])
+        values = (time.time(), request, context, json.dumps(dict(probabilities)), reason, before)
         with self._open() as database:
             row = database.execute(
-                "INSERT INTO escalations (created, request, context, probabilities, reason) VALUES (?, ?, ?, ?, ?)", values
+                "INSERT INTO escalations (created, request, context, probabilities, reason, earlier) VALUES (?, ?, ?, ?, ?, ?)",
+                values,
             )
             return int(row.lastrowid or 0)
 
@@ -116,5 +134,6 @@ class EscalationQueue:
 
 
 def _escalation(row: tuple) -> Escalation:
-    number, created, request, context, probabilities, reason, state, decided, note = row
-    return Escalation(number, created, request, context, json.loads(probabilities), reason, state, decided, note)
+    number, created, request, context, probabilities, reason, state, decided, note, earlier = row
+    exchanges = tuple(Exchange(**exchange) for exchange in json.loads(earlier))
+    return Escalation(number, created, request, context, json.loads(probabilities), reason, state, decided, note, exchanges)

@@ -9,6 +9,7 @@ from so8t.adapter import Agent, load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
 from so8t.cli import main
+from so8t.conversation import Prompt
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.gates import GateSpec
@@ -23,13 +24,15 @@ class Ruled(Agent):
         self.rule, self.asked = rule, []
         return self
 
-    def decide(self, request, context=None):
-        self.asked.append(request)
-        label = self.rule(request, len(self.asked))
-        probabilities = torch.full((1, 3), 0.05)
-        probabilities[0, label] = 0.9
-        no = torch.zeros(1, dtype=torch.bool)
-        return Decisions(probabilities, torch.tensor([int(label)]), no, no)
+    def decide_many(self, requests):
+        labels = []
+        for request, _ in requests:
+            self.asked.append(request)
+            labels.append(int(self.rule(request, len(self.asked))))
+        probabilities = torch.full((len(labels), 3), 0.05)
+        probabilities[range(len(labels)), labels] = 0.9
+        no = torch.zeros(len(labels), dtype=torch.bool)
+        return Decisions(probabilities, torch.tensor(labels), no, no)
 
 
 @pytest.fixture
@@ -89,9 +92,9 @@ def test_an_answer_that_leaves_allow_is_stopped_and_its_last_part_not_shown(rule
 def test_the_answer_is_what_the_intact_base_generates(finished_run):
     agent = load_agent(finished_run)
     safe = SafeAgent(agent, max_new_tokens=10, watch_every=3)
-    *_, (text, over) = safe._watchable("tell me a story", None)
-    assert over
-    assert text == agent.answer("tell me a story", max_new_tokens=10)
+    *_, grown = safe._watchable(Prompt("tell me a story"), 10)
+    assert grown.end
+    assert grown.text == agent.answer("tell me a story", max_new_tokens=10)
     assert agent.model.gates.attached
 
 
@@ -180,8 +183,8 @@ def test_on_the_real_base_the_streamed_answer_is_the_one_of_generate(real_base, 
     save_adapter(tmp_path / "adapter", model, template, system_prompt=None)
     agent = Agent(model.eval(), template, tmp_path / "adapter")
     try:
-        *_, (text, _) = SafeAgent(agent, max_new_tokens=8, watch_every=3)._watchable("What is the capital of France?", None)
-        assert "Paris" in text
-        assert text == agent.answer("What is the capital of France?", max_new_tokens=8)
+        *_, grown = SafeAgent(agent, watch_every=3)._watchable(Prompt("What is the capital of France?"), 8)
+        assert "Paris" in grown.text
+        assert grown.text == agent.answer("What is the capital of France?", max_new_tokens=8)
     finally:
         model.gates.detach()

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"[bold]{item.id}[/]   {item.state}, because of the {item.reason}")
     if item.context:
         console.print(f"context: {escape(item.context)}")
+    for exchange in item.earlier:
+        console.print(f"[dim]> {escape(exchange.request)}\n{escape(exchange.answer)}[/]")
     console.print(escape(item.request))
     console.print("  ".join(f"{name} {value:.3f}" for name, value in item.probabilities.items()))
     if item.note:

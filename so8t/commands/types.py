@@ -22,6 +22,30 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> float:
+    """A number from 0 up."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    value = not_negative(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 is any free one."""
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return value
+
+
 def inside_unit(text: str) -> float:
     """A number between 0 and 1, both excluded."""
     value = float(text)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from so8t.data.records import OnBadRow, Record, read_jsonl
 from so8t.data.sources import SourceSpec, load_sources
 from so8t.data.splits import near_duplicates, split_by_group
-from so8t.data.tokenise import Template
+from so8t.data.tokenise import Template, pad_rows
 from so8t.errors import DataError
 from so8t.labels import LABELS
 from so8t.losses import IGNORE
@@ -70,17 +70,6 @@ class Batch:
     weights: Tensor
     rows: Tensor
     task: TaskBatch | None = None
-
-
-def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Right-pads: tokens and mask, `[B, T]` each."""
-    length = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), length), value, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return tokens, mask
 
 
 class RecordDataset(Dataset[Batch]):

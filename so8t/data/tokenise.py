@@ -4,10 +4,14 @@ The template is rendered once around a placeholder and the request is tokenised 
 plain text: a request that contains `<|im_end|>` cannot end its own turn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from so8t.conversation import Prompt
 from so8t.data.records import Record
 from so8t.errors import ConfigError
 
@@ -52,18 +56,24 @@ class Template:
             raise ConfigError("the base's tokenizer has no chat template: choose an instruct model")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        turns = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        turns.append({"role": "user", "content": _PLACEHOLDER})
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        before, after = str(text).split(_PLACEHOLDER)
-        self.before = self._ids(before)
-        self.after = self._ids(after)
+        self._opening = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self.before, self.after = self._around(1)
         self.room = max_length - len(self.before) - len(self.after)
         if self.room < _LEAST:
             raise ConfigError(
                 f"data.max_length={max_length} leaves {self.room} tokens for the request beside the chat template's "
                 f"{len(self.before) + len(self.after)}: raise it"
             )
+
+    def _around(self, turns: int) -> list[list[int]]:
+        """The tokens before, between and behind the texts of so many turns, user's and assistant's by turns."""
+        roles = [("user", "assistant")[k % 2] for k in range(turns)]
+        rendered = self.tokenizer.apply_chat_template(
+            [*self._opening, *({"role": role, "content": _PLACEHOLDER} for role in roles)],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return [self._ids(piece) for piece in str(rendered).split(_PLACEHOLDER)]
 
     def _ids(self, text: str, *, plain: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
@@ -83,8 +93,35 @@ class Template:
         start = len(self.before)
         return Encoded(tuple(self.before + body + self.after), (start, start + len(body)))
 
+    def reads_whole(self, request: str, context: str | None = None) -> bool:
+        """Whether nothing of it is cut out."""
+        return len(self._ids(f"{context}\n\n{request}" if context else request, plain=True)) <= self.room
+
+    def encode_conversation(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt of a request after others, for an answer; the context stands before the first of them. Every turn is cut
+        as a request is; the whole may be longer than `max_length`."""
+        texts = [*(text for exchange in prompt.earlier for text in (exchange.request, exchange.answer)), prompt.request]
+        if prompt.context:
+            texts[0] = f"{prompt.context}\n\n{texts[0]}"
+        first, *pieces = self._around(len(texts))
+        tokens = list(first)
+        for text, piece in zip(texts, pieces, strict=True):
+            tokens += self._request(text, self.room) + piece
+        return tuple(tokens)
+
     def encode_target(self, record: Record, target: str, *, rationale: bool) -> EncodedTarget:
         """Prompt + target + end of turn; at most `max_length` tokens of target."""
         prompt = self.encode(record.user_request, record.context, RATIONALE_INSTRUCTION if rationale else "")
         answer = self._ids(target, plain=True)[: self.max_length]
         return EncodedTarget((*prompt.tokens, *answer, self.tokenizer.eos_token_id), len(prompt.tokens))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Right-pads: tokens and mask, `[B, T]` each."""
+    length = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), length), value, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return tokens, mask

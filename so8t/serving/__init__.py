@@ -1,0 +1,1 @@
+"""Agents behind HTTP: OpenAI's shapes, batches of decisions, and what every server of ours does alike."""

@@ -1,0 +1,103 @@
+"""What the routes of the server share: the agent behind its worker, limits, and waiting for it without blocking."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from so8t.agent import Reply, Verdict
+from so8t.escalations import EscalationQueue
+from so8t.serving.metrics import Metrics
+from so8t.serving.wire import Decided, WireError
+from so8t.serving.worker import Asked, Worker
+
+
+@dataclass(frozen=True)
+class Service:
+    """One agent as a server shows it. `model` is its name, `digest` its adapter's SHA-256, `created` when that was written
+    (seconds since 1970), `limit` the seconds that a request may take."""
+
+    model: str
+    digest: str
+    created: int
+    worker: Worker
+    queue: EscalationQueue
+    metrics: Metrics
+    limit: float
+
+    async def decide(self, requests: Sequence[Asked]) -> list[Verdict]:
+        """Decisions from the worker's batches.
+
+        Raises:
+            WireError: 400, one is blank or there are too many; 503, no room; 504, it took too long.
+        """
+        if len(requests) > self.worker.max_queue:
+            raise WireError(
+                400, f"{len(requests)} texts in one request: at most {self.worker.max_queue} find room in the queue"
+            )
+        if not requests or not all(request.strip() for request, _ in requests):
+            raise WireError(400, "there is no text to decide, or one is blank")
+        waiting = [asyncio.wrap_future(future) for future in self.worker.decide(requests)]
+        try:
+            async with asyncio.timeout(self.limit):
+                return await asyncio.gather(*waiting)
+        except TimeoutError:
+            raise self.late() from None
+
+    def answer(self, begin: Callable[[], Iterator[Reply]]) -> AsyncIterator[Reply]:
+        """Replies from the worker as they grow. It is in the queue when this returns.
+
+        Raises:
+            WireError: 503, no room. While iterating: 504, it took too long; or what the worker raised.
+        """
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Reply | Exception | None] = asyncio.Queue()
+        deadline = time.monotonic() + self.limit
+        job = self.worker.answer(begin, lambda reply: _to_loop(loop, inbox, reply))
+
+        async def replies() -> AsyncIterator[Reply]:
+            try:
+                while True:
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        reply = await inbox.get()
+                    if isinstance(reply, Exception):
+                        raise reply
+                    if reply is None:
+                        return
+                    yield reply
+            except TimeoutError:
+                raise self.late() from None
+            finally:
+                job.cancel()
+
+        return replies()
+
+    def late(self) -> WireError:
+        """What is told when the time is over."""
+        return WireError(504, f"not done within {self.limit:g} seconds", code="timeout")
+
+
+def _to_loop(
+    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[Reply | Exception | None], reply: Reply | Exception | None
+) -> None:
+    if not loop.is_closed():  # a server that was stopped by force
+        loop.call_soon_threadsafe(inbox.put_nowait, reply)
+
+
+async def last(replies: AsyncIterator[Reply]) -> Reply:
+    """The finished one."""
+    reply = await anext(replies)
+    async for newer in replies:
+        reply = newer
+    return reply
+
+
+def decided(verdict: Verdict, reply: Reply | None = None) -> Decided:
+    """A decision on the wire."""
+    return Decided(
+        decision=verdict.label.name,
+        probabilities=verdict.probabilities,
+        failed=verdict.failed,
+        stopped=reply is not None and reply.stopped,
+        escalation=None if reply is None else reply.escalation,
+    )

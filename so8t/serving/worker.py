@@ -1,0 +1,195 @@
+"""One thread owns the model. It decides what waits in batches, and takes answers forward a few tokens at a time in between.
+
+What is accepted is finished, also when the worker is told to stop; what would not fit into the queue is refused at once (503).
+Knows nothing of HTTP.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from so8t.agent import Reply, SafeAgent, Verdict
+from so8t.errors import SO8TError
+from so8t.serving.metrics import Metrics
+from so8t.serving.wire import WireError
+
+log = logging.getLogger(__name__)
+
+Asked = tuple[str, str | None]
+"""A request and its context."""
+
+Deliver = Callable[[Reply | Exception | None], None]
+"""Takes an answer's replies, `None` at the end, or what ended it."""
+
+
+@dataclass
+class _Decision:
+    asked: Asked
+    accepted: float
+    future: Future[Verdict] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class Answering:
+    """An answer on its way. `cancel` ends it at the next step: nobody waits for it any more."""
+
+    begin: Callable[[], Iterator[Reply]]
+    deliver: Deliver
+    replies: Iterator[Reply] | None = None
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Nothing is delivered from now on."""
+        self.cancelled = True
+
+
+class Worker:
+    """Batches for an agent.
+
+    Args:
+        max_batch: decisions taken in one pass.
+        max_wait: seconds that the first of a batch waits for others; while answers are on their way nothing waits.
+        max_queue: decisions and answers that may wait.
+        max_answers: answers on their way at the same time.
+    """
+
+    def __init__(
+        self, agent: SafeAgent, metrics: Metrics, *, max_batch: int, max_wait: float, max_queue: int, max_answers: int
+    ):
+        self.agent, self.metrics = agent, metrics
+        self.max_batch, self.max_wait, self.max_queue, self.max_answers = max_batch, max_wait, max_queue, max_answers
+        self._changed = threading.Condition()
+        self._decisions: deque[_Decision] = deque()
+        self._asked: deque[Answering] = deque()
+        self._answering: list[Answering] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="so8t-worker", daemon=True)
+        metrics.waiting.set_function(lambda: self.waiting)
+
+    # -- for any thread ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Accepts nothing more, finishes what was accepted, and returns when that is done."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether what is accepted will be done."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        """Decisions and answers that wait."""
+        return len(self._decisions) + len(self._asked)
+
+    def decide(self, requests: Sequence[Asked]) -> list[Future[Verdict]]:
+        """Puts all of them into the queue, or none. A future that is cancelled in time is not decided.
+
+        Raises:
+            WireError: 503, the queue is full or the worker stops.
+        """
+        jobs = [_Decision(asked, time.monotonic()) for asked in requests]
+        with self._room_for(len(jobs)):
+            self._decisions.extend(jobs)
+        return [job.future for job in jobs]
+
+    def answer(self, begin: Callable[[], Iterator[Reply]], deliver: Deliver) -> Answering:
+        """Puts an answer into the queue; `begin` and `deliver` are called in the worker's thread.
+
+        Raises:
+            WireError: 503, the queue is full or the worker stops.
+        """
+        job = Answering(begin, deliver)
+        with self._room_for(1):
+            self._asked.append(job)
+        return job
+
+    @contextmanager
+    def _room_for(self, jobs: int) -> Iterator[None]:
+        """Under the lock, if there is room."""
+        with self._changed:
+            full = self.waiting + jobs > self.max_queue
+            if full or not self.alive:
+                self.metrics.turned_away.inc()
+                why = "the queue is full" if full else "the server is stopping"
+                raise WireError(503, f"{why}: try again in a moment", code="overloaded", headers={"Retry-After": "1"})
+            yield
+            self._changed.notify()
+
+    # -- in the worker's thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            self._decide(self._batch())
+            for job in list(self._answering):
+                if not self._step(job):
+                    self._answering.remove(job)
+
+    def _wait_for_work(self) -> bool:
+        """Returns when there is something to do, or with False when the worker stops and nothing is left."""
+        with self._changed:
+            while not (self._decisions or self._asked or self._answering):
+                if self._stopping:
+                    return False
+                self._changed.wait()
+            if self._decisions and not (self._asked or self._answering):
+                deadline = self._decisions[0].accepted + self.max_wait
+                while len(self._decisions) < self.max_batch and not (self._asked or self._stopping):
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(left)
+            while self._asked and len(self._answering) < self.max_answers:
+                self._answering.append(self._asked.popleft())
+            return True
+
+    def _batch(self) -> list[_Decision]:
+        with self._changed:
+            taken = [self._decisions.popleft() for _ in range(min(self.max_batch, len(self._decisions)))]
+        return [job for job in taken if job.future.set_running_or_notify_cancel()]
+
+    def _decide(self, jobs: list[_Decision]) -> None:
+        if not jobs:
+            return
+        self.metrics.batch.observe(len(jobs))
+        try:
+            verdicts = self.agent.decide_many([job.asked for job in jobs])
+        except Exception as error:  # the audit log cannot be written, say: no decision leaves without it
+            log.exception("a batch of decisions failed")
+            for job in jobs:
+                job.future.set_exception(error)
+            return
+        for job, verdict in zip(jobs, verdicts, strict=True):
+            self.metrics.decided(verdict)
+            job.future.set_result(verdict)
+
+    def _step(self, job: Answering) -> bool:
+        """Takes an answer one reply further; whether it goes on."""
+        if job.cancelled:
+            job.replies = None  # closes the generator
+            return False
+        try:
+            if job.replies is None:
+                job.replies = job.begin()
+            reply = next(job.replies, None)
+        except Exception as error:
+            if not isinstance(error, SO8TError):
+                log.exception("an answer failed")
+            job.deliver(error)
+            return False
+        if reply is not None and reply.finished:
+            self.metrics.decided(reply.verdict)
+        job.deliver(reply)
+        return reply is not None
