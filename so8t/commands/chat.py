@@ -1,4 +1,4 @@
-"""`so8t chat`: asks a trained agent one request after another; answers appear as they are watched."""
+"""`so8t chat`: a conversation with a trained agent; answers appear as they are watched."""
 
 import argparse
 import sys
@@ -9,7 +9,10 @@ from rich.live import Live
 from rich.text import Text
 
 from so8t.commands.types import AUDIT, COLOURS, QUEUE, STATE, positive
+from so8t.conversation import Exchange
+from so8t.labels import Label
 
+ANEW = "/new"
 HELP = "chat with a trained agent; every answer is watched as it grows"
 
 
@@ -40,14 +43,20 @@ def run(args: argparse.Namespace) -> None:
     )
     console = Console(soft_wrap=True)
     if sys.stdin.isatty():
-        console.print("each request stands for itself; an empty line or Ctrl-D ends", style="dim")
+        console.print(f"{ANEW} begins a new conversation; an empty line or Ctrl-D ends", style="dim")
+    earlier: list[Exchange] = []
     while request := _asked(console):
+        if request == ANEW:
+            earlier = []
+            continue
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-            for reply in agent.stream(request, args.context):
+            for reply in agent.stream(request, args.context, earlier):
                 shown = Text(f"{reply.verdict.label.name}  ", style=f"bold {COLOURS[reply.verdict.label]}")
                 shown.append("  ".join(f"{k} {v:.2f}" for k, v in reply.verdict.probabilities.items()), style="dim")
                 shown.append(f"\n{reply.text}", style="none")
                 live.update(shown, refresh=True)
+        if reply.verdict.label is Label.ALLOW and reply.text:
+            earlier.append(Exchange(request, reply.text))
         if not console.is_terminal:  # the live view leaves out the last line's end there
             console.print()
     if agent.failures:

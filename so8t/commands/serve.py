@@ -61,38 +61,20 @@ def run(args: argparse.Namespace) -> None:
     from so8t.audit import AuditLog
     from so8t.escalations import EscalationQueue
     from so8t.serving.app import make_app
-    from so8t.serving.metrics import Metrics
-    from so8t.serving.service import Service
-    from so8t.serving.worker import Worker
+    from so8t.serving.service import make_service
+    from so8t.serving.worker import Limits
 
-    agent = load_agent(args.run)
     queue = EscalationQueue(args.state / QUEUE)
     safe = SafeAgent(
-        agent,
+        load_agent(args.run),
         audit=AuditLog(args.state / AUDIT),
         queue=queue,
         max_new_tokens=args.max_new_tokens,
         watch_every=args.watch_every,
         keep_text=args.keep_text,
     )
-    metrics = Metrics()
-    worker = Worker(
-        safe,
-        metrics,
-        max_batch=args.max_batch,
-        max_wait=args.max_wait_ms / 1e3,
-        max_queue=args.max_queue,
-        max_answers=args.max_answers,
-    )
-    service = Service(
-        model=f"{agent.model.base.spec.name}-so8t",
-        digest=safe.digest,
-        created=int((agent.folder / "adapter.json").stat().st_mtime),
-        worker=worker,
-        queue=queue,
-        metrics=metrics,
-        limit=args.timeout,
-    )
+    limits = Limits(args.max_batch, args.max_wait_ms / 1e3, args.max_queue, args.max_answers, args.timeout)
+    service = make_service(safe, queue, limits)
     hosts = LOOPBACK if args.host in LOOPBACK else ()
     app = make_app(service, max_bytes=args.max_body_kib * 2**10, token=token, hosts=hosts)
     host, number = listener.getsockname()[:2]

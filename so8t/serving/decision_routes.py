@@ -60,7 +60,7 @@ class Outcome(BaseModel):
 def decision_routes(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter()
-    agent, queue = service.worker.agent, service.queue
+    agent, queue = service.agent, service.queue
 
     @routes.post("/v1/decisions")
     async def decide(request: DecisionRequest) -> Decisions:

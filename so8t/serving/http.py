@@ -4,6 +4,7 @@ Knows nothing of models. The limits are plain ASGI, so that no body is read, and
 """
 
 import hmac
+import logging
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from so8t.serving.wire import WireError
+
+log = logging.getLogger(__name__)
 
 
 def error_response(error: WireError) -> JSONResponse:
@@ -29,20 +32,42 @@ def tell_errors(app: FastAPI) -> None:
     async def unfit(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:])
+        # pydantic names the member of a union, too
+        field = ".".join(str(part) for part in first["loc"][1:] if part != "str" and str(part).replace("_", "").isalnum())
         return error_response(WireError(400, f"{field or 'body'}: {first['msg']}", param=field or None))
 
     async def other(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         return error_response(WireError(error.status_code, str(error.detail), headers=error.headers))
 
-    async def bug(_: Request, error: Exception) -> JSONResponse:
-        return error_response(WireError(500, f"a failure inside ({type(error).__name__}); the server's log tells more"))
-
     app.add_exception_handler(WireError, ours)
     app.add_exception_handler(RequestValidationError, unfit)
     app.add_exception_handler(HTTPException, other)
-    app.add_exception_handler(Exception, bug)
+    app.add_middleware(_Bugs)
+
+
+class _Bugs:
+    """Tells what nobody expected. Starlette's own handler raises it once more, upon which the server cuts the connection."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def seen(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, seen)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            log.exception("a request failed")
+            told = WireError(500, f"a failure inside ({type(error).__name__}); the server's log tells more")
+            await error_response(told)(scope, receive, send)
 
 
 class BodyLimit:

@@ -153,8 +153,9 @@ def openai_routes(service: Service) -> APIRouter:
         prompt = prompt_of(request)
         lengths = [most for most in (request.max_tokens, request.max_completion_tokens) if most is not None]
         most = min(lengths, default=None)
-        agent = service.worker.agent
-        replies = service.answer(lambda: agent.stream(prompt.request, prompt.context, prompt.earlier, max_new_tokens=most))
+        replies = service.answer(
+            lambda: service.agent.stream(prompt.request, prompt.context, prompt.earlier, max_new_tokens=most)
+        )
         if request.stream:
             first = await anext(replies)
             told = request.stream_options is not None and request.stream_options.include_usage
@@ -178,7 +179,7 @@ def openai_routes(service: Service) -> APIRouter:
             "object": "model",
             "created": service.created,
             "owned_by": "so8t",
-            "adapter_sha256": service.digest,
+            "adapter_sha256": service.agent.digest,
         }
 
     @routes.get("/v1/models")

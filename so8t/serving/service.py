@@ -5,25 +5,24 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from so8t.agent import Reply, Verdict
+from so8t.agent import Reply, SafeAgent, Verdict
 from so8t.escalations import EscalationQueue
 from so8t.serving.metrics import Metrics
 from so8t.serving.wire import Decided, WireError
-from so8t.serving.worker import Asked, Worker
+from so8t.serving.worker import Asked, Limits, Worker
 
 
 @dataclass(frozen=True)
 class Service:
-    """One agent as a server shows it. `model` is its name, `digest` its adapter's SHA-256, `created` when that was written
-    (seconds since 1970), `limit` the seconds that a request may take."""
+    """One agent as a server shows it. `model` is its name, `created` when its adapter was written (seconds since 1970)."""
 
     model: str
-    digest: str
     created: int
-    worker: Worker
+    agent: SafeAgent
     queue: EscalationQueue
+    limits: Limits
     metrics: Metrics
-    limit: float
+    worker: Worker
 
     async def decide(self, requests: Sequence[Asked]) -> list[Verdict]:
         """Decisions from the worker's batches.
@@ -31,15 +30,13 @@ class Service:
         Raises:
             WireError: 400, one is blank or there are too many; 503, no room; 504, it took too long.
         """
-        if len(requests) > self.worker.max_queue:
-            raise WireError(
-                400, f"{len(requests)} texts in one request: at most {self.worker.max_queue} find room in the queue"
-            )
+        if len(requests) > self.limits.queue:
+            raise WireError(400, f"{len(requests)} texts in one request: at most {self.limits.queue} find room in the queue")
         if not requests or not all(request.strip() for request, _ in requests):
             raise WireError(400, "there is no text to decide, or one is blank")
         waiting = [asyncio.wrap_future(future) for future in self.worker.decide(requests)]
         try:
-            async with asyncio.timeout(self.limit):
+            async with asyncio.timeout(self.limits.seconds):
                 return await asyncio.gather(*waiting)
         except TimeoutError:
             raise self.late() from None
@@ -52,7 +49,7 @@ class Service:
         """
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Reply | Exception | None] = asyncio.Queue()
-        deadline = time.monotonic() + self.limit
+        deadline = time.monotonic() + self.limits.seconds
         job = self.worker.answer(begin, lambda reply: _to_loop(loop, inbox, reply))
 
         async def replies() -> AsyncIterator[Reply]:
@@ -74,7 +71,22 @@ class Service:
 
     def late(self) -> WireError:
         """What is told when the time is over."""
-        return WireError(504, f"not done within {self.limit:g} seconds", code="timeout")
+        return WireError(504, f"not done within {self.limits.seconds:g} seconds", code="timeout")
+
+
+def make_service(agent: SafeAgent, queue: EscalationQueue, limits: Limits) -> Service:
+    """The agent, which escalates into `queue`, behind a worker that has not started yet."""
+    metrics = Metrics()
+    adapter = agent.agent
+    return Service(
+        model=f"{adapter.model.base.spec.name}-so8t",
+        created=int((adapter.folder / "adapter.json").stat().st_mtime),
+        agent=agent,
+        queue=queue,
+        limits=limits,
+        metrics=metrics,
+        worker=Worker(agent, limits, metrics),
+    )
 
 
 def _to_loop(

@@ -27,6 +27,19 @@ Deliver = Callable[[Reply | Exception | None], None]
 """Takes an answer's replies, `None` at the end, or what ended it."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """`batch`: decisions taken in one pass. `wait`: seconds that the first of a batch waits for others; while answers are on
+    their way nothing waits. `queue`: decisions and answers that may wait. `answers`: on their way at the same time. `seconds`:
+    that a request may take."""
+
+    batch: int = 16
+    wait: float = 0.005
+    queue: int = 256
+    answers: int = 4
+    seconds: float = 120.0
+
+
 @dataclass
 class _Decision:
     asked: Asked
@@ -49,20 +62,10 @@ class Answering:
 
 
 class Worker:
-    """Batches for an agent.
+    """Batches for an agent, within limits."""
 
-    Args:
-        max_batch: decisions taken in one pass.
-        max_wait: seconds that the first of a batch waits for others; while answers are on their way nothing waits.
-        max_queue: decisions and answers that may wait.
-        max_answers: answers on their way at the same time.
-    """
-
-    def __init__(
-        self, agent: SafeAgent, metrics: Metrics, *, max_batch: int, max_wait: float, max_queue: int, max_answers: int
-    ):
-        self.agent, self.metrics = agent, metrics
-        self.max_batch, self.max_wait, self.max_queue, self.max_answers = max_batch, max_wait, max_queue, max_answers
+    def __init__(self, agent: SafeAgent, limits: Limits, metrics: Metrics):
+        self.agent, self.limits, self.metrics = agent, limits, metrics
         self._changed = threading.Condition()
         self._decisions: deque[_Decision] = deque()
         self._asked: deque[Answering] = deque()
@@ -120,7 +123,7 @@ class Worker:
     def _room_for(self, jobs: int) -> Iterator[None]:
         """Under the lock, if there is room."""
         with self._changed:
-            full = self.waiting + jobs > self.max_queue
+            full = self.waiting + jobs > self.limits.queue
             if full or not self.alive:
                 self.metrics.turned_away.inc()
                 why = "the queue is full" if full else "the server is stopping"
@@ -145,19 +148,19 @@ class Worker:
                     return False
                 self._changed.wait()
             if self._decisions and not (self._asked or self._answering):
-                deadline = self._decisions[0].accepted + self.max_wait
-                while len(self._decisions) < self.max_batch and not (self._asked or self._stopping):
+                deadline = self._decisions[0].accepted + self.limits.wait
+                while len(self._decisions) < self.limits.batch and not (self._asked or self._stopping):
                     left = deadline - time.monotonic()
                     if left <= 0:
                         break
                     self._changed.wait(left)
-            while self._asked and len(self._answering) < self.max_answers:
+            while self._asked and len(self._answering) < self.limits.answers:
                 self._answering.append(self._asked.popleft())
             return True
 
     def _batch(self) -> list[_Decision]:
         with self._changed:
-            taken = [self._decisions.popleft() for _ in range(min(self.max_batch, len(self._decisions)))]
+            taken = [self._decisions.popleft() for _ in range(min(self.limits.batch, len(self._decisions)))]
         return [job for job in taken if job.future.set_running_or_notify_cancel()]
 
     def _decide(self, jobs: list[_Decision]) -> None:
