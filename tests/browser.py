@@ -38,12 +38,13 @@ def illegible(page: Page) -> list[str]:
               .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
             return 0.2126 * r + 0.7152 * g + 0.0722 * b;
           };
-          const texts = [...document.querySelectorAll("input, textarea")].map((field) => [field, field.name || field.id]);
+          const texts = [...document.querySelectorAll("input, textarea")]
+            .flatMap((field) => [[field, `in the field ${field.id}`], [field, field.placeholder, "::placeholder"]]);
           const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
           while (walker.nextNode()) texts.push([walker.currentNode.parentElement, walker.currentNode.data.trim()]);
           const seen = texts.filter(([element, text]) => text && element.checkVisibility());
-          return seen.length ? seen.map(([element, text]) => {
-            const style = getComputedStyle(element), grounds = [];
+          return seen.length ? seen.map(([element, text, part]) => {
+            const style = getComputedStyle(element, part), grounds = [];
             for (let e = element; e; e = e.parentElement) grounds.unshift(getComputedStyle(e).backgroundColor);
             const [dark, light] = [luminance(grounds), luminance([...grounds, style.color])].sort((a, b) => a - b);
             const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from safetensors.torch import load_file, save_file
 
 from so8t.base import BaseSpec, SplitBase, load_base
@@ -204,6 +204,7 @@ def browser():
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         pytest.skip("this machine has no Chromium: apt-get install chromium-headless-shell")
+    expect.set_options(timeout=60_000)  # a loaded machine is no failure
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--disable-gpu", "--disable-quic", "--disable-sync"])
         yield browser
