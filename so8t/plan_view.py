@@ -1,18 +1,14 @@
 """A memory plan for people (a table, a stacked bar) and for programs (JSON)."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from so8t.config import Config
 from so8t.memory import MARGIN, PARTS, Plan, runs_on_gpu
-from so8t.plots import COLOURS
+from so8t.plots import COLOURS, Target, finish
 from so8t.remedies import Remedy
 
 
@@ -39,18 +35,27 @@ def verdict(planned: Plan) -> str:
     return f"{'fits' if planned.fits else 'does not fit'}: {needs}; the budget is {planned.budget_gib:g} GiB{card}"
 
 
+def by_part(planned: Plan) -> list[list[str]]:
+    """A row a part that is there, with its size at the peak of each phase; their sums are the last row."""
+    rows = [
+        [name, *(_size(size) if size else "-" for size in sizes)]
+        for part, name in PARTS.items()
+        if any(sizes := [parts[part] for parts in planned.phases.values()])
+    ]
+    return [*rows, ["together", *(_size(sum(parts.values())) for parts in planned.phases.values())]]
+
+
 def print_plan(config: Config, planned: Plan, found: list[Remedy], console: Console) -> None:
     """The parts of both phases, the verdict, and what would make it fit."""
     table = Table(title=f"planned, not measured: {subject(config)}", title_justify="left")
     table.add_column("at the peak of")
     for phase in planned.phases:
         table.add_column(f"a {phase}", justify="right", style="bold" if phase == planned.phase else "")
-    for part, name in PARTS.items():
-        sizes = [parts[part] for parts in planned.phases.values()]
-        if any(sizes):
-            table.add_row(name, *(_size(size) if size else "-" for size in sizes))
+    *parts, together = by_part(planned)
+    for row in parts:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("together", *(_size(sum(parts.values())) for parts in planned.phases.values()))
+    table.add_row(*together)
     console.print(table)
     colour = {True: "green", False: "red", None: "yellow"}[planned.fits]
     console.print(f"[bold {colour}]{verdict(planned)}[/]")
@@ -83,7 +88,7 @@ def as_json(planned: Plan, found: list[Remedy]) -> dict[str, Any]:
     }
 
 
-def plot_plan(config: Config, planned: Plan, path: Path) -> Path:
+def plot_plan(config: Config, planned: Plan, to: Target) -> None:
     """One stacked bar a phase, with the budget as a line."""
     figure, axis = plt.subplots(figsize=(10, 3.4))
     names = list(planned.phases)
@@ -104,10 +109,7 @@ def plot_plan(config: Config, planned: Plan, path: Path) -> Path:
     says = {True: "fits", False: "does not fit", None: "needs"}[planned.fits]
     axis.set_title(f"{subject(config)}\n{says}: {_size(planned.peak_gib)} at the peak", fontsize=10, loc="left")
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return path
+    finish(figure, to)
 
 
-__all__ = ["advice", "as_json", "plot_plan", "print_plan", "subject", "verdict"]
+__all__ = ["advice", "as_json", "by_part", "plot_plan", "print_plan", "subject", "verdict"]

@@ -137,7 +137,7 @@ def plot_group(series: Series, to: Target, *, tolerance: float, tolerance_float3
 
 def plot_confusion(confusion: list[list[int]], title: str, to: Target) -> None:
     """Rows are labels, columns decisions; colour is the share of the row."""
-    figure, axis = plt.subplots(figsize=(4.8, 4.2))
+    figure, axis = plt.subplots(figsize=(4.8, 3.7))
     sums = [max(1, sum(row)) for row in confusion]
     image = axis.imshow([[v / s for v in row] for row, s in zip(confusion, sums, strict=True)], cmap="cividis", vmin=0, vmax=1)
     for i, row in enumerate(confusion):

@@ -15,6 +15,7 @@ from so8t.curves import OperatingPoint, operating_point, reliability, risk_cover
 from so8t.evaluation import GROUPED, SHOWN
 from so8t.intervals import ENOUGH, number
 from so8t.labels import LABELS, Label
+from so8t.memory_panel import memory_panel
 from so8t.model import Decisions
 from so8t.page import Panel, Table, drawn, render_page
 from so8t.plots import (
@@ -184,7 +185,7 @@ def _trade_off(run: RunFolder) -> Panel:
         points[title] = {how: point for how, point in marks.items() if isinstance(point, OperatingPoint)}
     if curves:
         panel.pictures.append(
-            drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points))
+            drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points), wide=True)
         )
         rows = [
             [title, how, number(point.false_allow), number(point.over_refusal)]
@@ -216,7 +217,7 @@ def _risk_coverage(run: RunFolder) -> Panel:
         if curve is not None:
             curves[title] = curve
     if curves:
-        panel.pictures.append(drawn("Error rate against coverage", partial(plot_risk_coverage, curves)))
+        panel.pictures.append(drawn("Error rate against coverage", partial(plot_risk_coverage, curves), wide=True))
     return panel
 
 
@@ -325,6 +326,7 @@ PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
     _group,
     _losses,
     _gates,
+    memory_panel,
     _mistakes,
 )
 """In the order of the page."""

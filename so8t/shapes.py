@@ -53,6 +53,12 @@ NAMED = {
 """The bases that one can step down to by name, largest first."""
 
 
+def is_at_hand(spec: BaseSpec) -> bool:
+    """Whether `base_config` asks no network and runs no code of the base's own."""
+    local = spec.source == "hub" and not spec.trust_remote_code and Path(spec.model_id).is_dir()
+    return spec.source != "hub" or spec.model_id in SHAPES or local
+
+
 def base_config(spec: BaseSpec) -> PreTrainedConfig:
     """The configuration of a base: shipped for those that we name, a local folder's own `config.json`, or the hub's.
 
@@ -76,4 +82,4 @@ def base_config(spec: BaseSpec) -> PreTrainedConfig:
         ) from error
 
 
-__all__ = ["NAMED", "SHAPES", "base_config"]
+__all__ = ["NAMED", "SHAPES", "base_config", "is_at_hand"]

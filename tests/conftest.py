@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from playwright.sync_api import expect, sync_playwright
 from safetensors.torch import load_file, save_file
 
 from so8t.base import BaseSpec, SplitBase, load_base
@@ -191,3 +192,20 @@ def so8t(capsys):
         return code, out, err
 
     return run
+
+
+# -- a real browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium. Not of the session: while Playwright runs, no other test could call `asyncio.run`."""
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("this machine has no Chromium: apt-get install chromium-headless-shell")
+    expect.set_options(timeout=60_000)  # a loaded machine is no failure
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--disable-gpu", "--disable-quic", "--disable-sync"])
+        yield browser
+        browser.close()

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from so8t.cli import main
+from so8t.config import Config, validate
 from so8t.errors import ArtefactError
+from so8t.memory import Plan, plan
 from so8t.report import panels, render
 from so8t.run_folder import read_run
 
 PICTURES = {
     "setup": 0, "metrics": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1, "robustness": 0,
     "group": 1, "losses": 1,
-    "gates": 1, "mistakes": 0,
+    "gates": 1, "memory": 1, "mistakes": 0,
 }  # fmt: skip
 """Of a run that has a test split and no unseen sources."""
 
@@ -63,6 +66,21 @@ class Page(HTMLParser):
             self.text[self.section] += data
         if self.inside:
             self.cells[-1] += data
+
+
+PLANS: dict[str, Plan] = {}
+
+
+@pytest.fixture(autouse=True)
+def planned_once(monkeypatch):
+    """Equal settings are planned once for all tests here: a plan takes a second, and most of them ask for the same."""
+
+    def remembered(config: Config) -> Plan:
+        if repr(config) not in PLANS:
+            PLANS[repr(config)] = plan(config)
+        return PLANS[repr(config)]
+
+    monkeypatch.setattr("so8t.memory_panel.plan", remembered)
 
 
 @pytest.fixture
@@ -132,7 +150,7 @@ def test_markup_in_a_request_and_in_the_settings_is_shown_and_does_nothing(run):
 @pytest.mark.parametrize(
     ("gone", "panels"),
     [
-        ("config.yaml", ["setup"]),
+        ("config.yaml", ["setup", "memory"]),
         ("csv/metrics.csv", ["group", "losses"]),
         ("test.json", ["metrics", "confusion"]),
         ("test_predictions.jsonl", ["reliability", "trade-off", "risk-coverage", "mistakes"]),
@@ -150,7 +168,7 @@ def test_a_run_without_evaluation_still_shows_its_training(run):
     for part in ("test.json", "test_predictions.jsonl"):
         (run / part).unlink()
     page = page_of(run)
-    assert [key for key, pictures in page.pictures.items() if pictures] == ["group", "losses", "gates"]
+    assert [key for key, pictures in page.pictures.items() if pictures] == ["group", "losses", "gates", "memory"]
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -212,3 +230,28 @@ def test_a_gate_that_turns_one_plane_is_as_far_from_the_identity_as_the_plane_s_
     angles = read_run(run).angles["last cmd"]
     assert angles[3] == pytest.approx(2, abs=1e-6)
     assert np.delete(angles, 3) == pytest.approx(0)
+
+
+def test_the_memory_panel_tells_what_the_plan_of_the_run_s_settings_says(run):
+    planned = plan(validate(OmegaConf.load(run / "config.yaml")))
+    page = page_of(run)
+    sizes = [f"{1024 * sum(parts.values()):.1f} MiB" for parts in planned.phases.values()]
+    at = page.cells.index("together")
+    assert page.cells[at + 1 : at + 3] == sizes
+    assert "The run itself logged" in page.text["memory"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("source: random", "source: hub\n  model_id: nobody/knows", "the sizes of base tiny are not at hand"),
+        ("interior: safe", "interior: safe\n  spins: 2", "gate.spins: unknown key"),
+    ],
+)
+def test_settings_that_cannot_be_planned_here_are_told_and_the_rest_is_shown(run, before, after, told):
+    config = run / "config.yaml"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after))
+    page = page_of(run)
+    assert told in page.text["memory"]
+    assert {key: len(pictures) for key, pictures in page.pictures.items()} == {**PICTURES, "memory": 0}

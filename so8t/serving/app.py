@@ -13,14 +13,16 @@ from so8t.serving.decision_routes import decision_routes
 from so8t.serving.http import BearerToken, BodyLimit, tell_errors
 from so8t.serving.metrics import Measured
 from so8t.serving.openai_routes import openai_routes
+from so8t.serving.page_routes import page_routes
 from so8t.serving.service import Service
+from so8t.serving.token_routes import token_routes
 from so8t.serving.wire import WireError
 
-OPEN_PATHS = frozenset({"/healthz"})
+OPEN_PATHS = frozenset({"/healthz", "/"})
 """What needs no token."""
 
 Routes = Callable[[Service], APIRouter]
-ROUTES: tuple[Routes, ...] = (openai_routes, decision_routes)
+ROUTES: tuple[Routes, ...] = (openai_routes, decision_routes, token_routes, page_routes)
 
 
 def operation_routes(service: Service) -> APIRouter:
