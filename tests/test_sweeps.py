@@ -1,0 +1,46 @@
+"""Every sweep in conf/hparams_search: composed, valid, each job another variant; one is really run."""
+
+import itertools
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf, open_dict
+
+from so8t.config import validate
+from tests.conftest import ROOT
+
+SWEEPS = sorted(p.stem for p in (ROOT / "conf/hparams_search").glob("*.yaml") if p.stem != "optuna")
+
+
+def jobs(name: str) -> list[list[str]]:
+    """The overrides of every job, as Hydra's own sweeper splits them."""
+    parameters = yaml.safe_load((ROOT / f"conf/hparams_search/{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    axes = []
+    for override in OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in parameters.items()]):
+        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+        axes.append([f"{override.get_key_element()}={value}" for value in values])
+    return [list(job) for job in itertools.product(*axes)]
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_job_of_a_sweep_is_valid_and_no_two_are_the_same(name):
+    seen = []
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for job in jobs(name):
+            config = compose("train", overrides=[f"hparams_search={name}", *job, "data=starter", "paths.output_dir=x"])
+            validate(config)
+            with open_dict(config):
+                del config["tags"]
+            seen.append(OmegaConf.to_yaml(config, resolve=True))
+    assert len(seen) > 1
+    assert len(set(seen)) == len(seen)
+
+
+def test_what_a_sweep_is_measured_against_is_the_default_run():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        plain = compose("train", overrides=["data=starter", "paths.output_dir=x"])
+        for experiment in ("task/cmd", "pet_schedule/three_phases", "costs/default", "recipe/default"):
+            config = compose("train", overrides=[f"experiment={experiment}", "data=starter", "paths.output_dir=x", "tags=[]"])
+            assert config == plain, experiment
