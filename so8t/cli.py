@@ -16,6 +16,7 @@ COMMANDS = (
     "audit",
     "data",
     "report",
+    "compare",
     "cache",
     "export",
 )

@@ -22,6 +22,7 @@ from so8t.data.records import Record
 from so8t.data.store import row_key
 from so8t.data.tokenise import Template
 from so8t.files import write_text
+from so8t.intervals import macro_f1_interval
 from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, constant_baselines, flicker
 from so8t.model import Decisions, SO8TModel, at_position
@@ -181,29 +182,6 @@ def frozen_features(
             state = at_position(model.base.final_norm(top), batch.position.to(model.base.device))
             features[rows] = state.double().cpu().numpy()
     return features
-
-
-def macro_f1_interval(
-    labels: Sequence[int], decisions: Sequence[int], *, draws: int = 1000, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % percentile bootstrap of macro-F1 over the classes that have rows (Efron 1979); `None` without rows.
-
-    Rows are drawn with replacement, so the interval speaks of other rows from the same sources, not of other sources.
-    """
-    n, size = len(LABELS), len(labels)
-    if not size:
-        return None
-    cells = np.asarray(labels) * n + np.asarray(decisions)
-    present = np.unique(labels)
-    rng = np.random.default_rng(seed)
-    scores = []
-    for _ in range(draws):
-        matrix = np.bincount(cells[rng.integers(0, size, size)], minlength=n * n).reshape(n, n)
-        both = matrix.sum(0) + matrix.sum(1)
-        f1 = 2 * matrix.diagonal() / np.maximum(both, 1)
-        scores.append(f1[present].mean())
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return float(low), float(high)
 
 
 @dataclass
