@@ -24,6 +24,11 @@ MARKS = {
 """Colour and form of each verdict; the baseline, and what cannot be told, are black."""
 
 
+def _known(comparison: Comparison) -> list[Figure]:
+    """Figures that any variant has."""
+    return [figure for figure in FIGURES if any(variant.values(figure) for variant in comparison.variants)]
+
+
 def _cell(variant: Variant, figure: Figure) -> str:
     mean, spread = mean_and_spread(variant.values(figure))
     if math.isnan(mean):
@@ -49,17 +54,18 @@ def _gain(variant: Variant, baseline: Variant, figure: Figure) -> str:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Figures of every variant, gains over the baseline, and a verdict on each in plain words."""
     baseline = comparison.baseline
+    known = _known(comparison)
     table = Table(title="mean ± s.d. over seeds [95 %, over rows and seeds]", title_justify="left", show_lines=True)
     table.add_column("variant", min_width=16)
     table.add_column("seeds")
-    for figure in FIGURES:
+    for figure in known:
         table.add_column(figure.title, justify="right")
     table.add_column("trained", justify="right")
     for variant in comparison.variants:
         trained = "-" if variant.trained is None else f"{variant.trained:,}"
         seeds = ", ".join(map(str, variant.seeds))
         style = "bold" if variant is baseline else ""
-        table.add_row(escape(variant.name), seeds, *(_cell(variant, figure) for figure in FIGURES), trained, style=style)
+        table.add_row(escape(variant.name), seeds, *(_cell(variant, figure) for figure in known), trained, style=style)
     console.print(table)
     named = [variant for variant in comparison.variants if variant.name not in (_keys(variant), "all runs")]
     for variant in named:
@@ -67,10 +73,11 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.others:
         table = Table(title=f"difference to {escape(baseline.name)} [95 %, paired]", title_justify="left", show_lines=True)
         table.add_column("variant", min_width=16)
-        for figure in PAIRED:
+        paired = [figure for figure in known if figure.paired]
+        for figure in paired:
             table.add_column(figure.title, justify="right")
         for variant in comparison.others:
-            table.add_row(escape(variant.name), *(_gain(variant, baseline, figure) for figure in PAIRED))
+            table.add_row(escape(variant.name), *(_gain(variant, baseline, figure) for figure in paired))
         console.print(table)
     for variant in comparison.others:
         console.print(f"{escape(variant.name)}: {describe(variant, baseline)}")
@@ -101,10 +108,11 @@ def describe(variant: Variant, baseline: Variant) -> str:
 def notes(comparison: Comparison) -> list[str]:
     """What has to be known before the verdicts are believed."""
     lines = []
+    figures = sum(figure.paired for figure in _known(comparison))
     if comparison.others:
         lines.append(
             "helps: the interval of macro-F1's difference is above zero on one set and below zero on none. Each interval is "
-            f"95 % by itself: of {len(comparison.others)} variants on {len(PAIRED)} figures some miss by chance"
+            f"95 % by itself: of {len(comparison.others)} variants on {figures} figures some miss by chance"
         )
     if any(len(variant.runs) == 1 for variant in comparison.variants):
         lines.append("variants with one seed: their intervals know nothing of what another seed would give")
@@ -113,13 +121,16 @@ def notes(comparison: Comparison) -> list[str]:
 
 def plot_comparison(comparison: Comparison, to: Path) -> None:
     """A dot and its interval a variant, small dots the seeds; its colour and form tell the difference to the baseline."""
-    shown = [figure for figure in PAIRED if figure.key != "over_refusal_rate"]
-    shown = [figure for figure in shown if any(variant.values(figure) for variant in comparison.variants)]
-    columns = len({figure.part for figure in shown})
+    shown = [figure for figure in _known(comparison) if figure.key in ("macro_f1", "false_allow_rate")]
+    keys, parts = list(dict.fromkeys(f.key for f in shown)), list(dict.fromkeys(f.part for f in shown))
     count = len(comparison.variants)
-    size = (4.6 * columns + 2, 2 * (1.5 + 0.45 * count))
-    figure, axes = plt.subplots(len(shown) // columns, columns, figsize=size, sharey=True, squeeze=False)
-    for axis, what in zip(axes.flat, shown, strict=True):
+    size = (4.6 * len(parts) + 2, len(keys) * (1.5 + 0.45 * count))
+    figure, axes = plt.subplots(len(keys), len(parts), figsize=size, sharey=True, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for what in shown:
+        axis = axes[keys.index(what.key)][parts.index(what.part)]
+        axis.set_axis_on()
         for row, variant in enumerate(comparison.variants):
             values = variant.values(what)
             if not values:
@@ -136,7 +147,9 @@ def plot_comparison(comparison: Comparison, to: Path) -> None:
         axis.set(xlabel=f"{what.title} ({'more' if what.more else 'less'} is better)")
         axis.grid(axis="x", alpha=0.3)
     names = [textwrap.shorten(variant.name, 90, placeholder=" ...") for variant in comparison.variants]
-    axes[0][0].set_yticks(range(count), [textwrap.fill(name, 32) for name in names], fontsize=8)
+    axes[0][0].set_yticks(range(count), [textwrap.fill(name, 32) for name in names])
+    for left in axes[:, 0]:
+        left.tick_params("y", labelsize=8)
     axes[0][0].set_ylim(count - 0.4, -0.6)
     verdicts = {v for what in shown for o in comparison.others if (v := o.verdict(what, comparison.baseline))}
     legend = [
@@ -144,8 +157,7 @@ def plot_comparison(comparison: Comparison, to: Path) -> None:
         for v in MARKS
         if v in verdicts
     ]
-    base = textwrap.shorten(comparison.baseline.name, 60, placeholder=" ...")
-    legend.append(Line2D([], [], color="#000000", marker="o", ls=":", lw=1, label=f"baseline: {base}"))
+    legend.append(Line2D([], [], color="#000000", marker="o", ls=":", lw=1, label="baseline"))
     below = -0.6 / (0.6 + 0.45 * count)
     axes[-1][0].legend(handles=legend, loc="upper left", bbox_to_anchor=(0, below), ncols=2, fontsize=8, frameon=False)
     figure.suptitle(finding(comparison), fontsize=11)

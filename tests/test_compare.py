@@ -55,34 +55,28 @@ def write_sets(folder: Path, wrong: float, draw: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings_of(tmp_path_factory):
-    """The composed configuration of a run, once by its overrides."""
+def make(tmp_path_factory):
+    """Writes the folder of a run with a share of wrong decisions, through the code that writes real ones."""
     known = {}
 
-    def of(folder: Path, overrides: tuple[str, ...]) -> str:
+    def write(folder: Path, *overrides: str, wrong: float = 0.3, seed: int = 0) -> Path:
         if overrides not in known:
             known[overrides] = composed(
                 "base=tiny", "data=starter", *overrides, output_dir=tmp_path_factory.mktemp("x") / "OWN"
             )
-        config = known[overrides].copy()
-        return OmegaConf.to_yaml(config).replace(str(config.paths.output_dir), str(folder))
+        config = OmegaConf.to_yaml(known[overrides]).replace(known[overrides].paths.output_dir, str(folder))
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(re.sub(r"(?m)^seed: 0$", f"seed: {seed}", config))
+        write_sets(folder, wrong, seed)
+        return folder
 
-    return of
+    return write
 
 
 @pytest.fixture
-def made(tmp_path, settings_of):
-    """A run's folder with the figures and predictions of a share of wrong decisions, through the code that writes real ones."""
-
-    def make(name: str, *overrides: str, wrong: float = 0.3, seed: int = 0, draw: int | None = None) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        config = settings_of(folder, tuple(overrides))
-        (folder / "config.yaml").write_text(re.sub(r"(?m)^seed: 0$", f"seed: {seed}", config))
-        write_sets(folder, wrong, seed if draw is None else draw)
-        return folder
-
-    return make
+def made(make, tmp_path):
+    """The same by a name."""
+    return lambda name, *overrides, wrong=0.3, seed=0: make(tmp_path / name, *overrides, wrong=wrong, seed=seed)
 
 
 # -- groups and names --------------------------------------------------------------------------------------------------
@@ -231,6 +225,28 @@ def test_without_predictions_there_are_figures_but_no_verdict(made, so8t, monkey
     assert "gate.map=cayley: cannot be told: predictions are missing" in out
 
 
+@pytest.fixture(scope="module")
+def broken(make, tmp_path_factory) -> dict[str, Path]:
+    """Two whole runs, and others each broken in its own way."""
+    root = tmp_path_factory.mktemp("broken")
+    folders = {"a": make(root / "a"), "b": make(root / "b", "gate.map=cayley")}
+    folders |= {name: make(root / name, seed=1) for name in ("failed", "bare", "broken", "shifted", "counts", "other")}
+    scores = json.loads((folders["failed"] / "test.json").read_text())
+    scores["metrics"]["failures"] = 1
+    write_json(folders["failed"] / "test.json", scores)
+    for part in RECORDS:
+        (folders["bare"] / f"{part}.json").unlink()
+    (folders["broken"] / "test.json").write_text("{}")
+    predictions = folders["shifted"] / "test_predictions.jsonl"
+    predictions.write_text("".join(sorted(predictions.read_text().splitlines(keepends=True))))
+    (folders["counts"] / "test_predictions.jsonl").unlink()
+    config = folders["counts"] / "config.yaml"
+    config.write_text(config.read_text().replace("split_seed: 0", "split_seed: 1"))
+    predictions = folders["other"] / "test_predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace('"decision": "ALLOW"', '"decision": "REFUSE"', 1))
+    return folders
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -248,23 +264,8 @@ def test_without_predictions_there_are_figures_but_no_verdict(made, so8t, monkey
         (["{a}", "--out", "x.pdf"], "the picture is a PNG"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line_and_code_two(made, so8t, arguments, told):
-    folders = {"a": made("a"), "b": made("b", "gate.map=cayley")}
-    folders |= {name: made(name, seed=1) for name in ("failed", "bare", "broken", "shifted", "counts", "other")}
-    scores = json.loads((folders["failed"] / "test.json").read_text())
-    scores["metrics"]["failures"] = 1
-    write_json(folders["failed"] / "test.json", scores)
-    (folders["broken"] / "test.json").write_text("{}")
-    for part in RECORDS:
-        (folders["bare"] / f"{part}.json").unlink()
-    (folders["counts"] / "test_predictions.jsonl").unlink()
-    config = folders["counts"] / "config.yaml"
-    config.write_text(config.read_text().replace("split_seed: 0", "split_seed: 1"))
-    predictions = folders["shifted"] / "test_predictions.jsonl"
-    predictions.write_text("".join(sorted(predictions.read_text().splitlines(keepends=True))))
-    predictions = folders["other"] / "test_predictions.jsonl"
-    predictions.write_text(predictions.read_text().replace('"decision": "ALLOW"', '"decision": "REFUSE"', 1))
-    code, _, err = so8t("compare", *(str(a).format(**folders) for a in arguments))
+def test_what_cannot_be_compared_is_one_line_and_code_two(broken, so8t, arguments, told):
+    code, _, err = so8t("compare", *(str(a).format(**broken) for a in arguments))
     assert code == 2
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1

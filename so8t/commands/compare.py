@@ -44,6 +44,6 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(as_json(comparison), ensure_ascii=False))
         return
-    console = Console(soft_wrap=False)
+    console = Console()
     print_comparison(comparison, console)
     console.print(f"picture: {escape(str(picture))}", soft_wrap=True)
