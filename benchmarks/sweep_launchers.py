@@ -2,9 +2,10 @@
 
     .venv/bin/python -m benchmarks.sweep_launchers [--launchers basic joblib ray submitit_local]
 
-Three variants and two seeds of `base=tiny` on part of the starter set, one thread a process, two workers, one prefix cache for
-all jobs of a launcher. Equal means: the same metrics and the same predictions, byte for byte. Times
-tell nothing where the load before was not about 0. Writes `results/sweep_launchers.json`.
+Three variants and two seeds of `base=tiny` on part of the starter set, one thread a process, one prefix cache for all jobs of a
+launcher; two workers with joblib and Ray, all jobs at once with submitit. Equal means: the same metrics and the same
+predictions, byte for byte. Times tell nothing where other processes were running: the load before each is kept beside them.
+Writes `results/sweep_launchers.json`.
 """
 
 import argparse
