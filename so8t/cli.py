@@ -19,6 +19,7 @@ COMMANDS = (
     "audit",
     "data",
     "report",
+    "compare",
     "cache",
     "export",
 )
