@@ -218,7 +218,8 @@ class SafetyData(L.LightningDataModule):
     """Everything a run trains and is tested on. `test` comes from the same sources as `train`; `unseen` does not.
 
     Raises:
-        DataError: a split is empty, a held-out source is unknown, or a given file overlaps with the training rows.
+        DataError: a split is empty, a held-out source is unknown, a test set is not held out, or a given file overlaps with
+            the training rows.
     """
 
     def __init__(self, spec: DataSpec, *, seed: int, answer_in_path: bool = False):
@@ -254,7 +255,12 @@ class SafetyData(L.LightningDataModule):
             raise DataError(
                 f"data.holdout_sources: {', '.join(sorted(unknown))} not among data.sources ({', '.join(self.spec.sources)})"
             )
-        loaded, self.missing = load_sources(self.spec.sources, on_bad_row=self.spec.on_bad_row)
+        trained = [n for n, s in self.spec.sources.items() if s.test_only and s.weight and n not in self.spec.holdout_sources]
+        if trained:
+            raise DataError(
+                f"data.sources: {', '.join(trained)}: a test set (test_only) is not trained on: name it in data.holdout_sources"
+            )
+        loaded, self.missing = load_sources(self.spec.sources, on_bad_row=self.spec.on_bad_row, seed=self.spec.split_seed)
         self.skipped = {name: part.skipped for name, part in loaded.items() if part.skipped}
         held = set(self.spec.holdout_sources)
         seen = [r for name, part in loaded.items() if name not in held for r in part.records]
