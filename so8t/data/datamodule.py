@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import torch
@@ -29,12 +30,14 @@ log = logging.getLogger(__name__)
 class DataSpec:
     """What `conf/data` says.
 
-    `holdout_sources` are never trained on: they are the unseen test. `task_rows` language-model sequences go with each
-    batch on average (0.125: one with every eighth).
+    `holdout_sources` are never trained on: they are the unseen test. Of the training rows, those of `train_labels` are trained
+    on; no other split changes. `task_rows` language-model sequences go with each batch on average (0.125: one with every
+    eighth).
     """
 
     sources: dict[str, SourceSpec]
     holdout_sources: tuple[str, ...] = ()
+    train_labels: tuple[Literal["ALLOW", "ESCALATE", "REFUSE"], ...] = ("ALLOW", "ESCALATE", "REFUSE")
     path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
@@ -282,6 +285,7 @@ class SafetyData(L.LightningDataModule):
         # rows of a set that is called unseen (or of a file given as a test) must not have a near twin in training
         for part in ("unseen", *(p for p, path in given.items() if path)):
             setattr(self, part, self._without_overlap(part, getattr(self, part)))
+        self.train = [r for r in self.train if r.safety_label.name in self.spec.train_labels]
         for part in ("train", "val", "test"):
             if not getattr(self, part):
                 raise DataError(f"the {part} split has no rows ({len(seen)} in all): give more rows or other fractions")
