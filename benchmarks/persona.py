@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import lightning as L
@@ -186,16 +185,14 @@ def main() -> None:
             changes, guarded = VARIANTS.get(variant, ((), False))
             with tempfile.TemporaryDirectory() as folder:
                 own = [*changes, f"seed={seed}", f"paths.output_dir={folder}", f"trainer.default_root_dir={folder}"]
-                begun = time.perf_counter()
                 steps = args.steps if variant != "before" else 0
                 module, restores = fine_tuned(
                     settings(args.run, args.steps, [every, *args.overrides, *own]), data, steps=steps, guarded=guarded
                 )
-                seconds = time.perf_counter() - begun
             if not batches:
                 batches = answers(told, data)
                 intact = intact_logits(validate(raw), batches)
-            run = {"variant": variant, "seed": seed, "seconds": seconds, "restores": restores, **compliance(module, data)}
+            run = {"variant": variant, "seed": seed, "restores": restores, **compliance(module, data)}
             module.model.eval()
             run |= capability(module.model, batches, intact)
             module.cache.flush()
