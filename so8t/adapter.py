@@ -119,14 +119,50 @@ def find_adapter(folder: Path) -> Path:
     raise ArtefactError(f"{folder}: no adapter here; give a run's folder, such as outputs/<date>/<time>, that has adapter/")
 
 
-def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True) -> Agent:
-    """Loads base, gates and head of a run, and its policy; `with_policy=False` leaves `calibration.json` unread.
+@dataclass(frozen=True)
+class Stored:
+    """A trained adapter as it lies on disk, read and checked as far as that goes without its base."""
+
+    folder: Path
+    base: BaseSpec
+    trained: dict[str, str]
+    gate: GateSpec
+    head: HeadSpec
+    template: TemplateSpec
+    tensors: dict[str, torch.Tensor]
+
+    def put_on(self, model: SO8TModel) -> None:
+        """Gates and head take the stored values.
+
+        Raises:
+            ArtefactError: the model is another base's, or has other gates or another head.
+        """
+        loaded = identity(model.base)
+        compared = ["unquantized", *(["quantized"] if self.trained["device"] == loaded["device"] else [])]
+        if any(self.trained[part] != loaded[part] for part in compared):
+            raise ArtefactError(
+                f"{self.folder}: was trained on another {self.base.name} than the one loaded now (weights differ): "
+                "decisions would not be those that were measured"
+            )
+        expected = _tensors(model)
+        odd = [
+            n
+            for n in expected.keys() | self.tensors.keys()
+            if n not in self.tensors or n not in expected or self.tensors[n].shape != expected[n].shape
+        ]
+        if odd:
+            raise ArtefactError(f"{self.folder}: tensors do not fit the settings: {', '.join(sorted(odd)[:4])}")
+        for name, module in (("gates.", model.gates), ("head.", model.head)):
+            module.load_state_dict({k.removeprefix(name): v for k, v in self.tensors.items() if k.startswith(name)})
+
+
+def read_adapter(run: Path) -> Stored:
+    """Reads a run's adapter.
 
     Raises:
-        ArtefactError: the adapter is missing, damaged, of other labels, or made for another base; or its policy is.
+        ArtefactError: it is missing, damaged, of another version or of other labels.
     """
     folder = find_adapter(Path(run))
-    policy = load_policy(folder) if with_policy else None
     try:
         meta = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
@@ -135,36 +171,50 @@ def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True
             )
         if tuple(meta["labels"]) != LABELS:
             raise ArtefactError(f"{folder}: labels are {meta['labels']}, expected {list(LABELS)}")
-        base_spec = TypeAdapter(BaseSpec).validate_python(meta["base"])
-        gate = TypeAdapter(GateSpec).validate_python(meta["gate"])
-        head = TypeAdapter(HeadSpec).validate_python(meta["head"])
-        template_spec = TypeAdapter(TemplateSpec).validate_python(meta["template"])
-        trained = {part: meta["base_identity"][part] for part in ("unquantized", "quantized", "device")}
-        tensors = load((folder / "adapter.safetensors").read_bytes())
+        return Stored(
+            folder,
+            TypeAdapter(BaseSpec).validate_python(meta["base"]),
+            {part: meta["base_identity"][part] for part in ("unquantized", "quantized", "device")},
+            TypeAdapter(GateSpec).validate_python(meta["gate"]),
+            TypeAdapter(HeadSpec).validate_python(meta["head"]),
+            TypeAdapter(TemplateSpec).validate_python(meta["template"]),
+            load((folder / "adapter.safetensors").read_bytes()),
+        )
     except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: the adapter is damaged: {str(error).splitlines()[0]}") from None
+
+
+def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec) -> Stored:
+    """`init_from`: a run's adapter that the gates and the head of a new run can take up.
+
+    Raises:
+        ArtefactError: as `read_adapter`, or its settings mean another function of the same numbers.
+    """
+    stored = read_adapter(run)
+    ours = {**dataclasses.asdict(gate), "reads": head.reads, "pooling": head.pooling}
+    theirs = {**dataclasses.asdict(stored.gate), "reads": stored.head.reads, "pooling": stored.head.pooling}
+    other = [key for key in ours if key != "init_std" and ours[key] != theirs[key]]
+    if other:
+        told = ", ".join(f"{'head' if key in ('reads', 'pooling') else 'gate'}.{key}={theirs[key]}" for key in other)
+        raise ArtefactError(f"init_from={run}: its adapter has {told}: set the same")
+    return stored
+
+
+def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True) -> Agent:
+    """Loads base, gates and head of a run, and its policy; `with_policy=False` leaves `calibration.json` unread.
+
+    Raises:
+        ArtefactError: the adapter is missing, damaged, of other labels, or made for another base; or its policy is.
+    """
+    folder = find_adapter(Path(run))
+    policy = load_policy(folder) if with_policy else None
+    stored = read_adapter(folder)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(base_spec, cut=gate.top_layers, device=where)
-    loaded = identity(base)
-    compared = ["unquantized", *(["quantized"] if trained["device"] == loaded["device"] else [])]
-    if any(trained[part] != loaded[part] for part in compared):
-        raise ArtefactError(
-            f"{folder}: was trained on another {base_spec.name} than the one loaded now (weights differ): "
-            "decisions would not be those that were measured"
-        )
-    model = SO8TModel(base, gate, head)
-    expected = _tensors(model)
-    odd = [
-        n
-        for n in expected.keys() | tensors.keys()
-        if n not in tensors or n not in expected or tensors[n].shape != expected[n].shape
-    ]
-    if odd:
-        raise ArtefactError(f"{folder}: tensors do not fit the settings in adapter.json: {', '.join(sorted(odd)[:4])}")
-    model.gates.load_state_dict({k.removeprefix("gates."): v for k, v in tensors.items() if k.startswith("gates.")})
-    model.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+    base = load_base(stored.base, cut=stored.gate.top_layers, device=where)
+    model = SO8TModel(base, stored.gate, stored.head)
+    stored.put_on(model)
     model.requires_grad_(False).eval()
-    template = Template(base.tokenizer, system_prompt=template_spec.system_prompt, max_length=template_spec.max_length)
+    template = Template(base.tokenizer, system_prompt=stored.template.system_prompt, max_length=stored.template.max_length)
     return Agent(model, template, folder, policy)
 
 

@@ -71,6 +71,7 @@ class Config:
     seed: Count = 0
     evaluate: bool = True
     ckpt_path: str | None = None
+    init_from: str | None = None
     objective: str = "val/macro_f1"
     tags: tuple[str, ...] = ()
     compile: bool = False

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from so8t.adapter import save_adapter
+from so8t.adapter import adapter_to_start_from, save_adapter
 from so8t.base import load_base
 from so8t.baselines import Baselines
 from so8t.callbacks.checkpoints import BestUnderCeiling
@@ -82,6 +82,8 @@ def train(composed: DictConfig) -> dict[str, float]:
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     log_settings(loggers, composed, module)
 
+    if config.init_from is not None and checkpoint is None:
+        trainer.validate(module, data, verbose=False)  # what the guard compares with
     with fused_rotations() if config.compile else nullcontext():
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     restore_best(trainer, module)
@@ -163,12 +165,20 @@ def data_of(run: Path) -> SafetyData:
 
 
 def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule) -> SO8TModule:
-    """Base, model, cache and module of one run, as a configuration says; `data` learns the base's tokenizer."""
+    """Base, model, cache and module of one run, as a configuration says; `data` learns the base's tokenizer.
+
+    Raises:
+        ArtefactError: `init_from` names no adapter, or one that does not fit.
+    """
     with_head = bool(config.loss.task_weight)
+    run = config.init_from
+    start = None if run is None else adapter_to_start_from(Path(run), config.gate, config.head)
     base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config), with_head=with_head)
     base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
     data.use_tokenizer(base.tokenizer)
     model = SO8TModel(base, config.gate, config.head)
+    if start is not None:
+        start.put_on(model)
     counts = Counter(int(r.safety_label) for r in data.train)
     store = None
     if config.cache.max_gib and base.cut == base.depth:
@@ -192,7 +202,7 @@ def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bo
     if not part and config.pet.path == "request":  # an epoch takes all training rows, as `fill_cache` sees them
         title, size = "frozen prefix of the training rows", config.data.eval_batch_size
         fill_cache(module.model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
-    if config.head.standardise and not resumed:
+    if config.head.standardise and not resumed and config.init_from is None:
         module.standardise(data.sample(STANDARDISE_ROWS))
 
 

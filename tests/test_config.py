@@ -21,7 +21,7 @@ import so8t.training
 from so8t.base import BaseSpec
 from so8t.config import Config, HwSpec, PathsSpec, _check_together, validate
 from so8t.data.datamodule import DataSpec
-from so8t.data.sources import Rule, SourceSpec, WheelSpec
+from so8t.data.sources import HubSpec, Rule, SourceSpec, WheelSpec
 from so8t.data.store import CacheSpec
 from so8t.errors import ConfigError, HardwareError
 from so8t.gates import GateSpec
@@ -126,7 +126,7 @@ def test_every_whole_combination_is_valid(by_section, tmp_path):
         parts = {name: made[name][tuple(choice[g] for g in SECTIONS[name])] for name in specs}
         _check_together(dataclasses.replace(default, **parts))
         count += 1
-    assert count == 5 * 7 * 2 * 2 * 2 * 3 * 4 * 2 * 2
+    assert count == 5 * 7 * 2 * 2 * 2 * 4 * 4 * 2 * 2
 
 
 def test_a_whole_combination_is_its_sections_put_together(by_section, tmp_path):
@@ -333,7 +333,7 @@ SPECS: dict[str, type] = {
     "base": BaseSpec, "gate": GateSpec, "head": HeadSpec, "pet": PetSpec, "loss": LossSpec, "optim": OptimSpec,
     "data": DataSpec, "cache": CacheSpec, "hw": HwSpec, "paths": PathsSpec,
 }  # fmt: skip
-NESTED = {"source": SourceSpec, "wheel": WheelSpec, "rule": Rule}
+NESTED = {"source": SourceSpec, "wheel": WheelSpec, "hub": HubSpec, "rule": Rule}
 
 
 def fields(kind: type) -> set[str]:

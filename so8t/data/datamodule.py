@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import torch
@@ -29,12 +30,14 @@ log = logging.getLogger(__name__)
 class DataSpec:
     """What `conf/data` says.
 
-    `holdout_sources` are never trained on: they are the unseen test. `task_rows` language-model sequences go with each
-    batch on average (0.125: one with every eighth).
+    `holdout_sources` are never trained on: they are the unseen test. Of the training rows, those of `train_labels` are trained
+    on; no other split changes. `task_rows` language-model sequences go with each batch on average (0.125: one with every
+    eighth).
     """
 
     sources: dict[str, SourceSpec]
     holdout_sources: tuple[str, ...] = ()
+    train_labels: tuple[Literal["ALLOW", "ESCALATE", "REFUSE"], ...] = ("ALLOW", "ESCALATE", "REFUSE")
     path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
@@ -207,7 +210,8 @@ class SafetyData(L.LightningDataModule):
     """Everything a run trains and is tested on. `test` comes from the same sources as `train`; `unseen` does not.
 
     Raises:
-        DataError: a split is empty, a held-out source is unknown, or a given file overlaps with the training rows.
+        DataError: a split is empty, a held-out source is unknown, a test set is not held out, or a given file overlaps with
+            the training rows.
     """
 
     def __init__(self, spec: DataSpec, *, seed: int, answer_in_path: bool = False):
@@ -243,7 +247,12 @@ class SafetyData(L.LightningDataModule):
             raise DataError(
                 f"data.holdout_sources: {', '.join(sorted(unknown))} not among data.sources ({', '.join(self.spec.sources)})"
             )
-        loaded, self.missing = load_sources(self.spec.sources, on_bad_row=self.spec.on_bad_row)
+        trained = [n for n, s in self.spec.sources.items() if s.test_only and s.weight and n not in self.spec.holdout_sources]
+        if trained:
+            raise DataError(
+                f"data.sources: {', '.join(trained)}: a test set (test_only) is not trained on: name it in data.holdout_sources"
+            )
+        loaded, self.missing = load_sources(self.spec.sources, on_bad_row=self.spec.on_bad_row, seed=self.spec.split_seed)
         self.skipped = {name: part.skipped for name, part in loaded.items() if part.skipped}
         held = set(self.spec.holdout_sources)
         seen = [r for name, part in loaded.items() if name not in held for r in part.records]
@@ -265,6 +274,7 @@ class SafetyData(L.LightningDataModule):
         # rows of a set that is called unseen (or of a file given as a test) must not have a near twin in training
         for part in ("unseen", *(p for p, path in given.items() if path)):
             setattr(self, part, self._without_overlap(part, getattr(self, part)))
+        self.train = [r for r in self.train if r.safety_label.name in self.spec.train_labels]
         for part in ("train", "val", "test"):
             if not getattr(self, part):
                 raise DataError(f"the {part} split has no rows ({len(seen)} in all): give more rows or other fractions")

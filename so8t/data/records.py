@@ -97,12 +97,18 @@ def parse_record(raw: object, *, default_source: str, require_label: bool = True
     )
 
 
-def _check_unicode(name: str, text: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer and no file takes."""
+def bad_unicode(text: str) -> str | None:
+    """What is wrong with a text that JSON spelled half of a surrogate pair in, which no tokenizer and no file takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadRow(f"{name}: not valid Unicode at character {error.start}") from None
+        return f"not valid Unicode at character {error.start}"
+    return None
+
+
+def _check_unicode(name: str, text: str) -> None:
+    if why := bad_unicode(text):
+        raise _BadRow(f"{name}: {why}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -1,25 +1,25 @@
-"""Named sources of records: the starter set, files, and public sets that ride in PyPI wheels.
+"""Named sources of records: the starter set, files, public sets that ride in PyPI wheels, and public sets on a hub.
 
 Every source's mapping from its own labels to ALLOW / ESCALATE / REFUSE is a table in `conf/data`, open to argument: rules
 are tried in order and the first that fits decides. A row whose rule says SKIP is left out and counted.
 """
 
 import fnmatch
-import json
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
-from so8t.data.records import OnBadRow, ReadReport, Record, read_jsonl
+from so8t.data.records import OnBadRow, ReadReport, Record, bad_unicode, read_jsonl
+from so8t.data.tables import Row, check_columns, decoded, reach, read_rows, stem
 from so8t.errors import DataError, FetchError
 from so8t.fetch import Wheel, read_member
+from so8t.hub import dataset_file
 from so8t.labels import Label
-from so8t.specs import NotNegative, spec
+from so8t.specs import NotNegative, PositiveInt, spec
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +28,16 @@ LabelOrSkip = Literal["ALLOW", "ESCALATE", "REFUSE", "SKIP"]
 
 @spec
 class Rule:
-    """`label` for rows of files that match `member` whose `field` has a value that is in `equals` or starts with one of
-    `startswith`. A rule without conditions fits every row."""
+    """`label` for rows of files that match `member` whose `field` (`a.b` reaches into `a`) has a value that is in `equals` or
+    starts with one of `startswith`; values are compared as Python prints them (`True`, `1`, `None` for none). A rule without
+    conditions fits every row. `sounds_dangerous` marks benign rows that do."""
 
     label: LabelOrSkip
     member: str = "*"
     field: str | None = None
     equals: tuple[str, ...] = ()
     startswith: tuple[str, ...] = ()
+    sounds_dangerous: bool = False
 
     def fits(self, member: str, row: dict[str, object]) -> bool:
         """Whether this rule decides the row."""
@@ -43,7 +45,7 @@ class Rule:
             return False
         if self.field is None:
             return True
-        value = row.get(self.field)
+        value = reach(row, self.field)
         values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
         return any(v in self.equals or v.startswith(self.startswith) for v in values)
 
@@ -58,17 +60,31 @@ class WheelSpec:
 
 
 @spec
+class HubSpec:
+    """Files of a data set's repository on a hub; `gated` ones are given to accounts that accepted the set's terms."""
+
+    repo: str
+    files: tuple[str, ...]
+    revision: str
+    gated: bool = False
+
+
+@spec
 class SourceSpec:
-    """One source. `kind=wheel` needs `wheel`, `members`, `format`, `text` and `rules`; `kind=file` needs `path`.
+    """One source. `kind=wheel` needs `wheel`, `members`, `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and
+    `rules`, and reads `path` instead of the hub's files where it is set; `kind=file` needs `path`.
 
     `text` names the field of the request, `turns.0` reaches into lists; `weight` multiplies the loss of its rows (0 leaves
-    the source out).
+    the source out); `max_rows` draws that many of them; `test_only` ones may not be trained on.
     """
 
-    kind: Literal["starter", "file", "wheel"]
+    kind: Literal["starter", "file", "wheel", "hub"]
     weight: NotNegative = 1.0
+    max_rows: PositiveInt | None = None
+    test_only: bool = False
     path: str | None = None
     wheel: WheelSpec | None = None
+    hub: HubSpec | None = None
     members: tuple[str, ...] = ()
     format: Literal["jsonl", "json", "lines", "yaml_seeds"] = "jsonl"
     text: str = "prompt"
@@ -90,18 +106,20 @@ def load_source(name: str, source: SourceSpec, *, on_bad_row: OnBadRow) -> Loade
     """Reads one source.
 
     Raises:
-        FetchError: a wheel is neither cached nor to be had.
+        FetchError: a wheel or a hub's file is neither cached nor to be had.
         DataError: a file is missing or malformed.
     """
     if source.kind == "starter":
         return Loaded(load_starter(), 0)
+    if source.kind == "hub":
+        return _load_hub(name, source, on_bad_row)
     if source.kind == "file":
         if not source.path:
             raise DataError(f"data.sources.{name}.path is not set: give the JSONL file, e.g. data=jsonl data.path=FILE")
         records, report = read_jsonl(source.path, on_bad_row=on_bad_row)
         _report_skipped(name, report)
         return Loaded([_fill(r, source) for r in records], len(report.skipped))
-    return _load_wheel(name, source)
+    return _load_wheel(name, source, on_bad_row)
 
 
 def _report_skipped(name: str, report: ReadReport) -> None:
@@ -127,75 +145,110 @@ def load_starter() -> list[Record]:
     return [replace(r, source="starter") for r in records]
 
 
-def _decoded(data: bytes, form: str, where: str) -> Iterator[tuple[int, dict[str, object]]]:
-    try:
-        text = data.decode("utf-8-sig")
-        lines = text.split("\n")  # not splitlines: U+2028 and its like are part of a text
-        if form == "lines":
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, {"prompt": line.strip()}
-        elif form == "jsonl":
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-        elif form == "json":
-            yield from enumerate(json.loads(text), 1)
-        else:
-            yield from enumerate(yaml.safe_load(text)["seeds"], 1)
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"{where}: cannot be read as {form}: {error}") from None
-
-
-def _reach(row: dict[str, object], path: str) -> object:
-    value: object = row
-    for part in path.split("."):
-        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
-            value = value[int(part)]
-        elif isinstance(value, dict):
-            value = value.get(part)
-        else:
-            return None
-    return value
-
-
-def _load_wheel(name: str, source: SourceSpec) -> Loaded:
+def _load_wheel(name: str, source: SourceSpec, on_bad_row: OnBadRow) -> Loaded:
     if source.wheel is None or not source.members or not source.rules:
         raise DataError(f"data.sources.{name}: a wheel source needs wheel, members and rules")
-    if any((rule.equals or rule.startswith) and rule.field is None for rule in source.rules):
-        raise DataError(f"data.sources.{name}.rules: a rule with equals or startswith needs a field")
     wheel = Wheel(source.wheel.name, source.wheel.version, source.wheel.sha256)
-    records: list[Record] = []
-    skipped = 0
+    labelled = _Labelled(name, source, on_bad_row)
     for member in source.members:
-        short = Path(member).stem
-        language = (source.languages or {}).get(short, source.language)
-        for number, row in _decoded(read_member(wheel, member), source.format, f"{wheel.requirement}:{member}"):
-            text = _reach(row, source.text)
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{wheel.requirement}:{member}:{number}: {source.text}: no text")
-            rule = next((rule for rule in source.rules if rule.fits(short, row)), None)
+        where = f"{wheel.requirement}:{member}"
+        labelled.take(Path(member).stem, where, decoded(read_member(wheel, member), source.format, where))
+    return labelled.loaded()
+
+
+def _load_hub(name: str, source: SourceSpec, on_bad_row: OnBadRow) -> Loaded:
+    """Each request once: many sets tell one with several answers. Where its rows differ, the strictest label holds."""
+    if source.hub is None or not source.hub.files or not source.rules:
+        raise DataError(f"data.sources.{name}: a hub source needs hub.repo, hub.files and rules")
+    labelled = _Labelled(name, source, on_bad_row)
+    needed = {source.text, *(rule.field for rule in source.rules if rule.field is not None)}
+    for where, path in _hub_files(source.hub, source.path):
+        labelled.take(stem(path.name), where, _checked(read_rows(path.read_bytes(), path.name, where), needed, where))
+    loaded = labelled.loaded()
+    strictest: dict[str, Record] = {}
+    for record in loaded.records:
+        before = strictest.setdefault(record.user_request, record)
+        if record.safety_label > before.safety_label:
+            strictest[record.user_request] = record
+    return Loaded(list(strictest.values()), loaded.skipped + len(loaded.records) - len(strictest))
+
+
+def _hub_files(hub: HubSpec, local: str | None) -> Iterator[tuple[str, Path]]:
+    if local is not None:
+        if not Path(local).is_file():
+            raise DataError(f"{local}: no such file")
+        yield local, Path(local)
+        return
+    for file in hub.files:
+        yield f"{hub.repo}/{file}", dataset_file(hub.repo, file, revision=hub.revision, gated=hub.gated)
+
+
+def _checked(rows: Iterator[tuple[int, Row]], needed: set[str], where: str) -> Iterator[tuple[int, Row]]:
+    for number, row in rows:
+        check_columns(row, needed, f"{where}:{number}")
+        yield number, row
+
+
+class _Labelled:
+    """Records out of a public set's rows, by the source's rules."""
+
+    def __init__(self, name: str, source: SourceSpec, on_bad_row: OnBadRow):
+        if any((rule.equals or rule.startswith) and rule.field is None for rule in source.rules):
+            raise DataError(f"data.sources.{name}.rules: a rule with equals or startswith needs a field")
+        self.name, self.source, self.on_bad_row = name, source, on_bad_row
+        self.records: list[Record] = []
+        self.skipped = 0
+        self.report = ReadReport()
+
+    def take(self, member: str, where: str, rows: Iterable[tuple[int, Row]]) -> None:
+        """One file's rows."""
+        source = self.source
+        for number, row in rows:
+            self.report.rows += 1
+            rule = next((rule for rule in source.rules if rule.fits(member, row)), None)
             if rule is None:
-                raise DataError(f"{wheel.requirement}:{member}:{number}: no rule of data.sources.{name}.rules fits")
+                raise DataError(f"{where}:{number}: no rule of data.sources.{self.name}.rules fits")
             if rule.label == "SKIP":
-                skipped += 1
+                self.skipped += 1
                 continue
-            records.append(
+            text = reach(row, source.text)
+            why = "no text" if not isinstance(text, str) or not text.strip() else bad_unicode(text)
+            if why:
+                message = f"{where}:{number}: {source.text}: {why}"
+                if self.on_bad_row == "error":
+                    raise DataError(message + " (data.on_bad_row=skip leaves bad rows out and counts them)")
+                self.report.skipped.append(message)
+                continue
+            self.records.append(
                 Record(
-                    user_request=text.strip(),
+                    user_request=str(text).strip(),
                     safety_label=Label[rule.label],
-                    source=name,
-                    language=language,
+                    source=self.name,
+                    language=(source.languages or {}).get(member, source.language),
                     licence=source.licence,
+                    sounds_dangerous=rule.sounds_dangerous,
                 )
             )
-    return Loaded(records, skipped)
+
+    def loaded(self) -> Loaded:
+        """All of it."""
+        _report_skipped(self.name, self.report)
+        return Loaded(self.records, self.skipped + len(self.report.skipped))
+
+
+def sample(records: list[Record], count: int, seed: int) -> list[Record]:
+    """`count` of the records, in their order: those whose hash with the seed is smallest, so that more rows are these and
+    others."""
+    digests = [hashlib.sha256(f"{seed}\0{r.user_request}".encode()).digest() for r in records]
+    chosen = sorted(sorted(range(len(records)), key=digests.__getitem__)[:count])
+    return [records[i] for i in chosen]
 
 
 def load_sources(
-    sources: dict[str, SourceSpec], *, on_bad_row: OnBadRow, required: frozenset[str] = frozenset()
+    sources: dict[str, SourceSpec], *, on_bad_row: OnBadRow, required: frozenset[str] = frozenset(), seed: int = 0
 ) -> tuple[dict[str, Loaded], list[str]]:
-    """Reads every source whose weight is not 0; public ones that cannot be fetched are left out and said so.
+    """Reads every source whose weight is not 0; public ones that cannot be fetched are left out and said so. `seed` draws
+    `max_rows`.
 
     Returns:
         The sources by name, and a line for each that was left out.
@@ -210,12 +263,15 @@ def load_sources(
         if not source.weight:
             continue
         try:
-            loaded[name] = load_source(name, source, on_bad_row=on_bad_row)
+            whole = load_source(name, source, on_bad_row=on_bad_row)
         except FetchError as error:
             if name in required:
                 raise
             missing.append(f"source {name} is left out: {error}")
             log.warning(missing[-1])
+            continue
+        some = whole.records if source.max_rows is None else sample(whole.records, source.max_rows, seed)
+        loaded[name] = Loaded(some, whole.skipped)
     if not loaded:
         raise DataError("; ".join(["data.sources: no source is left to train on", *missing]))
     return loaded, missing
