@@ -26,7 +26,6 @@ from so8t.evaluation import (
     write_predictions,
 )
 from so8t.gates import GateSpec
-from so8t.intervals import macro_f1_interval
 from so8t.labels import LABELS, Label
 from so8t.model import HeadSpec, SO8TModel
 from tests.test_gates import turned
