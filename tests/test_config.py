@@ -153,15 +153,6 @@ def _without(value: object, *keys: str) -> object:
     return value
 
 
-@pytest.mark.parametrize("search", options("hparams_search"))
-def test_every_point_of_a_sweep_composes(search, tmp_path):
-    raw = yaml.safe_load((CONF / "hparams_search" / f"{search}.yaml").read_text())
-    parameters = {k: str(v).split(",") for k, v in raw["hydra"]["sweeper"]["params"].items()}
-    for values in itertools.product(*parameters.values()):
-        point = [f"{k}={v}" for k, v in zip(parameters, values, strict=True)]
-        validate(composed(f"hparams_search={search}", "base=tiny", *point, output_dir=tmp_path))
-
-
 # -- who wins ----------------------------------------------------------------------------------------------------------
 
 
