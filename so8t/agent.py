@@ -51,6 +51,11 @@ class Verdict:
     probabilities: dict[str, float]
     failed: bool = False
 
+    @classmethod
+    def not_taken(cls) -> "Verdict":
+        """What stands for a decision that could not be taken."""
+        return cls(FAIL_CLOSED, dict.fromkeys(LABELS, 1 / len(LABELS)), failed=True)
+
     @property
     def strictness(self) -> tuple[int, bool, float]:
         """Orders decisions: REFUSE is the strictest."""
@@ -138,7 +143,7 @@ class SafeAgent:
             if len(requests) > 1:
                 return [verdict for request in requests for verdict in self.verdicts([request])]
             log.exception("a decision failed")
-            verdicts = [Verdict(FAIL_CLOSED, dict.fromkeys(LABELS, 1 / len(LABELS)), failed=True)]
+            verdicts = [Verdict.not_taken()]
         self.failures += sum(verdict.failed for verdict in verdicts)
         return verdicts
 
@@ -163,7 +168,7 @@ class SafeAgent:
         except Exception:
             log.exception("a conversation failed")
             self.failures += 1
-            return replace(prompt, earlier=()), Verdict(FAIL_CLOSED, dict.fromkeys(LABELS, 1 / len(LABELS)), failed=True)
+            return replace(prompt, earlier=()), Verdict.not_taken()
 
     def _allowed(self, prompt: Prompt) -> Prompt:
         """With those of the latest exchanges that fit and that the head allows."""

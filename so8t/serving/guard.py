@@ -18,7 +18,7 @@ from typing import TypeVar
 from so8t.agent import Verdict, Watch
 from so8t.conversation import with_answer
 from so8t.errors import SO8TError
-from so8t.labels import FAIL_CLOSED, LABELS, Label
+from so8t.labels import Label
 from so8t.serving.reading import Chat
 from so8t.serving.service import Service
 from so8t.serving.strict_json import parse
@@ -85,7 +85,7 @@ class Guard:
         except Exception:
             log.exception("a conversation failed")
             self.safe.failures += 1
-            verdict = Verdict(FAIL_CLOSED, dict.fromkeys(LABELS, 1 / len(LABELS)), failed=True)
+            verdict = Verdict.not_taken()
         more = {"left_out": told - len(chat.prompt.earlier)} if told else {}
         watch = await self.run(partial(Watch, self.safe, chat.prompt, verdict, approved=False, begun=begun, **more))
         if watch.reply.finished:
