@@ -31,7 +31,7 @@ from so8t.files import write_json
 from so8t.model import at_position, causal_mean, unit_rms
 from so8t.training import load_data
 
-LAYERS = (8, 14, 18, 22, 26)
+LAYERS = (8, 15, 18, 23, 26)
 READINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "last norm, token": (("last", "token"),),
     "last norm, mean": (("last", "mean"),),
@@ -39,7 +39,8 @@ READINGS: dict[str, tuple[tuple[str, str], ...]] = {
     **{f"layer {n}, both": ((str(n), "both"),) for n in LAYERS},
     "layer 18, token": (("18", "token"),),
     "layer 18 and last norm, both": (("18", "both"), ("last", "both")),
-    "layers 14, 18, 22, both": (("14", "both"), ("18", "both"), ("22", "both")),
+    "layers 8, 15, 23, both": (("8", "both"), ("15", "both"), ("23", "both")),
+    "layers 8, 15, 23 and last norm, both": (("8", "both"), ("15", "both"), ("23", "both"), ("last", "both")),
 }
 PROBE_STRENGTHS = (3e-4, 1e-3, 3e-3)
 TFIDF_STRENGTHS = (3.0, 10.0, 30.0)

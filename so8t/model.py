@@ -118,21 +118,30 @@ class SafetyHead(nn.Module):
         self.shift.copy_(features.mean(0))
         self.scale.copy_(torch.where(deviation > 1e-4, 1 / deviation.clamp(min=1e-4), 1.0))
 
-    def features(self, reads: list[Tensor], mask: Tensor) -> Tensor:
-        """What the linear map sees: list of `[B, T, width]` and `[B, T]` to `[B, T, features]`, float32."""
-        columns: list[Tensor] = []
+    def _columns(self, reads: list[Tensor], mask: Tensor) -> Iterator[Tensor]:
+        """The features read by read: `[B, T, width]` each, float32."""
         for index, read in enumerate(reads):
             scaled = unit_rms if index < len(self.spec.reads) else Tensor.float  # figures of a gate have a scale of their own
             state = scaled(read)
             if self.spec.pooling != "mean":
-                columns.append(state)
+                yield state
             if self.spec.pooling != "token":
-                columns.append(scaled(causal_mean(state, mask)))
-        return torch.cat(columns, dim=-1)
+                yield scaled(causal_mean(state, mask))
+
+    def features(self, reads: list[Tensor], mask: Tensor) -> Tensor:
+        """What the linear map sees: list of `[B, T, width]` and `[B, T]` to `[B, T, features]`, float32."""
+        return torch.cat(list(self._columns(reads, mask)), dim=-1)
 
     def forward(self, reads: list[Tensor], mask: Tensor) -> Tensor:
-        """Token-level logits: list of `[B, T, width]` and `[B, T]` to `[B, T, 3]`."""
-        return self.linear(self.dropout((self.features(reads, mask) - self.shift) * self.scale))
+        """Token-level logits: list of `[B, T, width]` and `[B, T]` to `[B, T, 3]`. Read by read: all features of all tokens at
+        once would take more memory than the suffix."""
+        logits: Tensor = self.linear.bias
+        begin = 0
+        for columns in self._columns(reads, mask):
+            part = slice(begin, begin := begin + columns.shape[-1])
+            turned = self.dropout((columns - self.shift[part]) * self.scale[part])
+            logits = logits + nn.functional.linear(turned, self.linear.weight[:, part])
+        return logits
 
 
 class SO8TModel(nn.Module):

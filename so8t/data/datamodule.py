@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from so8t.data.framing import framed
 from so8t.data.records import OnBadRow, Record, read_jsonl
 from so8t.data.sources import SourceSpec, load_sources
 from so8t.data.splits import apart_from, split_by_group
@@ -21,7 +22,7 @@ from so8t.data.tokenise import Template, pad_rows
 from so8t.errors import DataError
 from so8t.labels import LABELS
 from so8t.losses import IGNORE
-from so8t.specs import Count, NotNegative, PositiveInt, ProperFraction, spec
+from so8t.specs import Count, Fraction, NotNegative, PositiveInt, ProperFraction, spec
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,14 @@ class DataSpec:
     """What `conf/data` says.
 
     `holdout_sources` are never trained on: they are the unseen test. Of the training rows, those of `train_labels` are trained
-    on; no other split changes. `task_rows` language-model sequences go with each batch on average (0.125: one with every
-    eighth).
+    on; no other split changes. A share `framed` of the training rows stands in another shape (`framing.py`). `task_rows`
+    language-model sequences go with each batch on average (0.125: one with every eighth).
     """
 
     sources: dict[str, SourceSpec]
     holdout_sources: tuple[str, ...] = ()
     train_labels: tuple[Literal["ALLOW", "ESCALATE", "REFUSE"], ...] = ("ALLOW", "ESCALATE", "REFUSE")
+    framed: Fraction = 0.0
     path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
@@ -275,6 +277,7 @@ class SafetyData(L.LightningDataModule):
         for part in ("unseen", *(p for p, path in given.items() if path)):
             setattr(self, part, self._without_overlap(part, getattr(self, part)))
         self.train = [r for r in self.train if r.safety_label.name in self.spec.train_labels]
+        self.train = framed(self.train, self.spec.framed, seed=self.spec.split_seed)
         for part in ("train", "val", "test"):
             if not getattr(self, part):
                 raise DataError(f"the {part} split has no rows ({len(seen)} in all): give more rows or other fractions")
