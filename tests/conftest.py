@@ -4,8 +4,10 @@ The one that only hands them out to workers (`pytest -n 2`) needs none: it would
 before the workers begin.
 """
 
+import gc
 import os
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ or "-n" not in sys.argv:
+    gc.disable()  # until everything is imported
     from tests.fixtures import *  # noqa: F403

@@ -40,8 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Everything is imported now and stays: no garbage collection need go through it again."""
+    """Everything is imported now and stays: no garbage collection need go through it."""
     gc.freeze()
+    gc.enable()
 
 
 class ReadOnce(CachingConfigRepository):
