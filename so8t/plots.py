@@ -51,6 +51,7 @@ def finish(figure: Figure, to: Target) -> None:
     if isinstance(to, Path):
         to.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
+    figure.set_layout_engine(None)  # laid out; with an engine, savefig would draw everything twice
     figure.savefig(to, dpi=130, format="png")
     plt.close(figure)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import random
@@ -57,6 +58,7 @@ def overrides(choice: dict[str, str]) -> list[str]:
     return chosen + (["data.path=rows.jsonl"] if choice.get("data") == "jsonl" else [])
 
 
+@functools.cache
 def touches(group: str, option: str) -> set[str]:
     """The sections of the composed configuration that an option writes into, read off its file."""
     if not option:
@@ -76,21 +78,44 @@ SECTIONS = {
 """The groups that meet in each section. Groups that meet in none cannot disturb each other."""
 
 
+def covering() -> list[dict[str, str]]:
+    """Choices in which every section meets every combination of its groups, many sections at once; then eight more."""
+    rng = random.Random(0)
+    missing = {s: list(itertools.product(*(GROUPS[g] for g in groups))) for s, groups in sorted(SECTIONS.items())}
+    choices = []
+    while any(missing.values()):
+        choice: dict[str, str] = {}
+        for section in sorted(missing, key=lambda s: -len(missing[s])):
+            wanted = (dict(zip(SECTIONS[section], chosen, strict=True)) for chosen in missing[section])
+            choice |= next((w for w in wanted if all(choice.get(g, o) == o for g, o in w.items())), {})
+        choices.append({group: choice.get(group, rng.choice(opts)) for group, opts in GROUPS.items()})
+        missing = {s: [c for c in left if c != of_section(s, choices[-1])] for s, left in missing.items()}
+    return choices + [{group: rng.choice(opts) for group, opts in GROUPS.items()} for _ in range(8)]
+
+
+def of_section(section: str, choice: dict[str, str]) -> tuple[str, ...]:
+    return tuple(choice[group] for group in SECTIONS[section])
+
+
 @pytest.fixture(scope="module")
-def by_section(tmp_path_factory) -> dict[str, dict[tuple[str, ...], object]]:
-    """Every section under every combination of the groups that meet in it, each composed by Hydra and validated."""
+def wholes(tmp_path_factory) -> list[tuple[dict[str, str], dict[str, object]]]:
+    """Whole choices of options, each composed by Hydra and validated."""
     folder = tmp_path_factory.mktemp("composed")
-    seen: dict[frozenset, object] = {}
-    table: dict[str, dict[tuple[str, ...], object]] = {}
-    for section, groups in SECTIONS.items():
-        table[section] = {}
-        for chosen in itertools.product(*(GROUPS[g] for g in groups)):
-            choice = dict(zip(groups, chosen, strict=True))
-            key = frozenset(overrides(choice))
-            if key not in seen:
-                seen[key] = composed(*overrides(choice), output_dir=folder)
-                validate(seen[key])
-            table[section][chosen] = OmegaConf.to_container(seen[key])[section] if section in seen[key] else None
+    made = []
+    for choice in covering():
+        config = composed(*overrides(choice), output_dir=folder)
+        validate(config)
+        made.append((choice, OmegaConf.to_container(config)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def by_section(wholes) -> dict[str, dict[tuple[str, ...], object]]:
+    """Every section under every combination of the groups that meet in it."""
+    table: dict[str, dict[tuple[str, ...], object]] = {section: {} for section in SECTIONS}
+    for choice, plain in wholes:
+        for section in SECTIONS:
+            table[section].setdefault(of_section(section, choice), plain.get(section))
     return table
 
 
@@ -99,6 +124,8 @@ def test_every_section_is_valid_under_every_combination_of_the_groups_that_meet_
     assert {"+hw", "optim", "debug"} <= set(SECTIONS["trainer"])
     assert {"gate", "experiment"} <= set(SECTIONS["gate"])
     assert len(by_section["base"]) == 5 * len(GROUPS["base"])
+    for section, groups in SECTIONS.items():
+        assert set(by_section[section]) == set(itertools.product(*(GROUPS[g] for g in groups))), section
 
 
 def test_every_whole_combination_is_valid(by_section, tmp_path):
@@ -123,23 +150,17 @@ def test_every_whole_combination_is_valid(by_section, tmp_path):
     count = 0
     for chosen in itertools.product(*GROUPS.values()):
         choice = dict(zip(GROUPS, chosen, strict=True))
-        parts = {name: made[name][tuple(choice[g] for g in SECTIONS[name])] for name in specs}
+        parts = {name: made[name][of_section(name, choice)] for name in specs}
         _check_together(dataclasses.replace(default, **parts))
         count += 1
     assert count == 5 * 7 * 2 * 2 * 2 * 4 * 4 * 2 * 2
 
 
-def test_a_whole_combination_is_its_sections_put_together(by_section, tmp_path):
-    """What the product rests on, checked on combinations drawn at random."""
-    rng = random.Random(0)
-    for _ in range(12):
-        choice = {group: rng.choice(opts) for group, opts in GROUPS.items()}
-        whole = composed(*overrides(choice), output_dir=tmp_path)
-        validate(whole)
-        plain = OmegaConf.to_container(whole)
-        for section, groups in SECTIONS.items():
-            wanted = by_section[section][tuple(choice[g] for g in groups)]
-            got = plain.get(section)
+def test_a_whole_combination_is_its_sections_put_together(wholes, by_section):
+    """What the product rests on: whatever else is chosen, a section is the same under the same choice of its groups."""
+    for choice, plain in wholes:
+        for section in SECTIONS:
+            wanted, got = by_section[section][of_section(section, choice)], plain.get(section)
             if section == "callbacks":  # the monitor's budget and the folder come from elsewhere, by interpolation
                 wanted, got = (_without(v, "budget_gib", "dirpath") for v in (wanted, got))
             if section in ("logger", "trainer"):

@@ -16,7 +16,7 @@ from tests.conftest import QUICK, ROOT, synthetic_rows, write_rows
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def python(*arguments: object, timeout: int = 200) -> subprocess.CompletedProcess[str]:
+def python(*arguments: object, timeout: int = 500) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=ONE_THREAD)
 
@@ -56,10 +56,10 @@ def test_a_run_leaves_its_config_metrics_adapter_and_plots(whole):
 
 def test_a_run_prints_its_data_its_baselines_and_how_to_ask_it(whole):
     run, done = whole
-    told = " ".join(done.stdout.split())
+    printed = " ".join(done.stdout.split())
     for text in ("rows by source", "on the safety side", "mixed test split", "TF-IDF", "always", "so8t ask"):
-        assert text in told, text
-    assert str(run).replace("-", "") in told.replace("-", "").replace(" ", "")
+        assert text in printed, text
+    assert str(run).replace("-", "") in printed.replace("-", "").replace(" ", "")
     assert "Traceback" not in done.stderr
 
 
@@ -69,29 +69,11 @@ def test_nothing_half_written_is_left_beside_what_a_run_keeps(whole):
     assert not [p for p in run.rglob("*") if p.suffix in (".tmp", ".part")]
 
 
-# -- a sweep -----------------------------------------------------------------------------------------------------------
+# -- a sweep, and errors -----------------------------------------------------------------------------------------------
 
-
-def test_a_sweep_runs_every_point_with_every_seed(tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", synthetic_rows(60))
-    done = python(
-        "train.py", "-m", "hparams_search=pet", "seed=0,1", "pet.inertia_weight=0.01", *QUICK, f"data.path={rows}",
-        "debug=one_batch", "data.batch_size=4", f"hydra.sweep.dir={tmp_path}/sweep",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    points = set()
-    for folder in (p for p in (tmp_path / "sweep").iterdir() if p.is_dir()):
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        points.add((config["pet"]["weight"], config["seed"]))
-        assert "val/macro_f1" in json.loads((folder / "metrics.json").read_text())
-        assert (folder / "adapter" / "adapter.json").is_file()
-    assert points == {(weight, seed) for weight in (0.0, 0.1) for seed in (0, 1)}
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-# One interpreter runs all wrong command lines, one after the other, as `python train.py` would: importing torch once is
-# enough. Each has a folder of its own, and its exit code, output and files are kept; the last one ends the interpreter.
+# One interpreter runs a sweep and then all wrong command lines, one after the other, as `python train.py` would: importing
+# torch once is enough. Each has a folder of its own, and its exit code, output and files are kept; the last one ends the
+# interpreter.
 DRIVER = """
 import contextlib, io, json, os, runpy, sys
 cases = json.load(open(sys.argv[1]))
@@ -115,6 +97,7 @@ for name, case in cases.items():
     results[name] = {"code": code, "err": err.getvalue()}
 """
 
+SWEEP = ("-m", "hparams_search=pet", "seed=0,1", "pet.inertia_weight=0.01", "debug=one_batch", "data.batch_size=4")
 TINY = ["base=tiny", "trainer.accelerator=cpu", "gate.top_layers=2"]
 ROW = '{"user_request": "bake bread", "safety_label": "ALLOW"}\n'
 
@@ -136,13 +119,15 @@ ERRORS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("wrong")
+def told(tmp_path_factory) -> dict[str, dict]:
+    """By name, how each command line ended: exit code, standard error, and the folders it had."""
+    folder = tmp_path_factory.mktemp("told")
     (folder / "broken.jsonl").write_text(ROW + '{"user_request": "x", "safety_label": \n')
     (folder / "label.jsonl").write_text(ROW + '{"user_request": "x", "safety_label": "DENY"}\n')
     write_rows(folder / "good.jsonl", synthetic_rows(60))
-    cases = {}
-    for k, (name, (arguments, _)) in enumerate(ERRORS.items()):
+    sweep = [*SWEEP, *QUICK, f"data.path={folder}/good.jsonl", f"hydra.sweep.dir={folder}/sweep"]
+    cases = {"sweep": {"arguments": sweep, "env": {}, "run": str(folder / "sweep")}}
+    for k, (name, (arguments, _)) in enumerate(ERRORS.items(), start=1):
         run = folder / f"run{k}" / "outputs" / "x"
         chosen = [a.format(folder=folder) for a in arguments]
         env = {"SO8T_OFFLINE": "1", "SO8T_CACHE": str(folder / f"cache{k}")} if "offline" in name else {}
@@ -150,7 +135,7 @@ def wrong(tmp_path_factory) -> dict[str, dict]:
         cases[name] = {"arguments": [*bases, *chosen, f"hydra.run.dir={run}"], "env": env, "run": str(run)}
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(folder / "cases.json")], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", DRIVER, str(folder / "cases.json")], cwd=ROOT, capture_output=True, text=True, timeout=500,
         check=False, env=ONE_THREAD | {"RESULTS": str(folder / "results.json")},
     )  # fmt: skip
     results = json.loads((folder / "results.json").read_text())
@@ -160,9 +145,20 @@ def wrong(tmp_path_factory) -> dict[str, dict]:
     return results
 
 
+def test_a_sweep_runs_every_point_with_every_seed(told):
+    assert told["sweep"]["code"] == 0, told["sweep"]["err"][-3000:]
+    points = set()
+    for folder in (p for p in told["sweep"]["run"].iterdir() if p.is_dir()):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        points.add((config["pet"]["weight"], config["seed"]))
+        assert "val/macro_f1" in json.loads((folder / "metrics.json").read_text())
+        assert (folder / "adapter" / "adapter.json").is_file()
+    assert points == {(weight, seed) for weight in (0.0, 0.1) for seed in (0, 1)}
+
+
 @pytest.mark.parametrize("name", ERRORS)
-def test_what_a_user_gets_wrong_is_one_clear_line_and_code_two(wrong, name):
-    result = wrong[name]
+def test_what_a_user_gets_wrong_is_one_clear_line_and_code_two(told, name):
+    result = told[name]
     assert result["code"] == 2, result
     lines = [line for line in result["err"].splitlines() if line.strip()]
     assert "Traceback" not in result["err"]
@@ -174,8 +170,8 @@ def test_what_a_user_gets_wrong_is_one_clear_line_and_code_two(wrong, name):
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_leaves_nothing_half_written(wrong, name):
-    run, cache = wrong[name]["run"], wrong[name]["cache"]
+def test_an_error_leaves_nothing_half_written(told, name):
+    run, cache = told[name]["run"], told[name]["cache"]
     files = [p.relative_to(run) for p in run.rglob("*") if p.is_file()] if run.exists() else []
     # what Hydra writes: what was asked for, and the log
     assert [p for p in files if p.parts[0] != ".hydra" and p.name != "train.log"] == []

@@ -12,7 +12,7 @@ from so8t.config import validate
 from so8t.errors import ArtefactError
 from so8t.labels import LABELS
 from so8t.training import build, load_data, prepare, train
-from tests.conftest import QUICK, composed
+from tests.conftest import QUICK, composed, trained
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_guard_knows_how_safe_the_agent_was_before_the_first_step(tuned, fin
     """Trained on ALLOW rows hard enough, an agent forgets to refuse before its first validation; the guard brings back what the
     run began with."""
     collapsing = ("data.train_labels=[ALLOW]", "optim.head_lr=0.5", "optim.warmup_steps=0", "trainer.max_epochs=1")
-    train(tuned(*collapsing, "~callbacks.best", "evaluate=false"))
+    trained(tuned(*collapsing, "~callbacks.best", "evaluate=false"))
     assert "best gates restored" in caplog.text
     begun, kept = (load_file(run / "adapter" / "adapter.safetensors") for run in (finished_run, tmp_path / "run"))
     assert all(torch.equal(begun[name], kept[name]) for name in begun)

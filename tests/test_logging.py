@@ -15,8 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 from so8t.report import panels
 from so8t.run_folder import read_run
-from so8t.training import train
-from tests.conftest import QUICK, composed
+from tests.conftest import QUICK, composed, trained
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def logged_run(rows_file, tmp_path_factory) -> Path:
         "logger=csv_wandb", "trainer.max_epochs=2", "data.batch_size=16", "data.task_rows=2", "trainer.log_every_n_steps=1",
         "callbacks.group.every_n_steps=3", "tags=[first,try]", "seed=3",
     )  # fmt: skip
-    train(composed(*QUICK, f"data.path={rows_file}", *settings, output_dir=folder))
+    trained(composed(*QUICK, f"data.path={rows_file}", *settings, output_dir=folder))
     return folder
 
 

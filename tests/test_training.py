@@ -26,8 +26,7 @@ from so8t.losses import LossTerms
 from so8t.model import HeadSpec, SO8TModel
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
-from so8t.training import train
-from tests.conftest import QUICK, ROOT, TINY, composed, synthetic_rows, write_rows
+from tests.conftest import QUICK, ROOT, TINY, composed, synthetic_rows, trained, write_rows
 from tests.spies import PowerCut, Spy, copied
 
 SPY = "+callbacks.spy._target_=tests.spies.Spy"
@@ -234,7 +233,7 @@ def test_weight_decay_and_betas_reach_adamw(tiny_run):
 
 
 def test_debug_overfit_drives_the_loss_of_one_batch_to_almost_nothing(rows_file, tmp_path):
-    train(composed(
+    trained(composed(
         *QUICK, f"data.path={rows_file}", "debug=overfit", SPY, "trainer.overfit_batches=1", "data.batch_size=24",
         "optim.head_lr=0.1", "optim.gate_lr=0.03", "loss.task_weight=0", "head.dropout=0", output_dir=tmp_path / "run",
     ))  # fmt: skip

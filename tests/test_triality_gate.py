@@ -21,8 +21,8 @@ from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
 from so8t.run_folder import read_run
 from so8t.so8 import COORDS, exp_map
-from so8t.training import train
 from so8t.triality import D_SIGMA_MINUS, D_SIGMA_PLUS, carry, trilinear_form
+from tests import conftest
 from tests.conftest import QUICK, composed
 from tests.spies import Spy, copied
 from tests.test_gates import MASK, TOKENS, decide
@@ -247,7 +247,7 @@ def test_a_task_loss_reaches_what_decisions_depend_on_only_where_it_is_told_to(t
 
 def trained(rows: Path, folder: Path, *overrides: str) -> dict[str, torch.Tensor]:
     """Everything that decisions come from, after training, and some logits."""
-    train(composed(*QUICK, f"data.path={rows}", *SHORT, *overrides, output_dir=folder))
+    conftest.trained(composed(*QUICK, f"data.path={rows}", *SHORT, *overrides, output_dir=folder))
     with torch.no_grad():
         logits = Spy.last.module.eval()(Spy.last.batches[0]).logits
     return {**copied(Spy.last.module), "logits": logits}

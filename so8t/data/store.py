@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,11 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from so8t.base import SplitBase, weights_digest
 from so8t.errors import ConfigError
 from so8t.fetch import cache_dir
 from so8t.files import write_json
 from so8t.specs import NotNegative, spec
+
+if TYPE_CHECKING:
+    from so8t.base import SplitBase
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +115,10 @@ class PrefixStore:
             write_json(marker, {"format": _FORMAT})
 
     @classmethod
-    def of(cls, base: SplitBase, spec: CacheSpec, keep: tuple[int, ...] = ()) -> "PrefixStore":
+    def of(cls, base: "SplitBase", spec: CacheSpec, keep: tuple[int, ...] = ()) -> "PrefixStore":
         """The store of a base's prefix, with the layers below the cut that are kept beside it."""
+        from so8t.base import weights_digest  # transformers takes seconds, and a store without a base does not need it
+
         dtype = {"auto": base.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.dtype]
         below = nn.ModuleList([base.decoder.embed_tokens, *base.prefix_layers])
         config = base.causal_lm.config.get_text_config().to_dict()
