@@ -37,8 +37,8 @@ class Reading:
 
 
 def readings(prompt: Prompt, answer: str, fits: Callable[[str, str | None], bool]) -> list[Reading]:
-    """The request (with its answer so far) alone and behind the latest earlier ones that still fit, and the answer alone. Of an
-    answer the newest part is in view; what was before it has been decided before."""
+    """The request (with its answer so far) alone and behind the latest earlier ones that still fit. Of an answer the newest
+    part is in view; what was before it has been decided before."""
     last, whole = with_answer(prompt.request, answer), not answer.strip()
     found = [Reading(last, prompt.context, whole)]
     before = [exchange.request for exchange in prompt.earlier]
@@ -46,8 +46,6 @@ def readings(prompt: Prompt, answer: str, fits: Callable[[str, str | None], bool
         before = before[1:]
     if before:
         found.append(Reading("\n\n".join([*before, last]), prompt.context, whole))
-    if not whole:
-        found.append(Reading(answer, whole=False))
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from so8t.adapter import Agent, load_agent
-from so8t.agent import HELD, SPOKEN, Growth, SafeAgent, Watch
+from so8t.agent import HELD, SPOKEN, Growth, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
 from so8t.cli import main
 from so8t.conversation import Exchange, Prompt
@@ -147,16 +147,6 @@ def test_what_a_guard_holds_is_not_answered_here(ruled, state):
     assert agent.asked == ["wire the money"]
 
 
-def test_an_answer_is_decided_behind_its_request_and_alone_in_one_pass(ruled):
-    agent = ruled(lambda text: Label.REFUSE if text == "the answer" else Label.ALLOW)
-    prompt = Prompt("hello", "at home")
-    watch = Watch(SafeAgent(agent), prompt, SafeAgent(agent).verdict(prompt), approved=False, begun=0.0)
-    assert not watch.look("an answer").stopped
-    assert agent.asked[-2:] == ["at home\n\nhello\n\nan answer", "an answer"]
-    assert agent.passes == [1, 2]
-    assert watch.look("the answer").stopped
-
-
 def test_the_audit_log_holds_hashes_unless_texts_are_asked_for(ruled, state, tmp_path):
     agent = ruled(lambda text: Label.ALLOW)
     SafeAgent(agent, audit=state[0], max_new_tokens=4).respond("my secret")
@@ -216,7 +206,7 @@ def test_the_oldest_exchanges_go_when_there_is_no_room(ruled):
 
 
 def test_an_escalated_request_is_answered_in_its_conversation_after_approval(ruled, state, monkeypatch):
-    agent = ruled(lambda text: Label.ESCALATE if text == "three" else Label.ALLOW)
+    agent = ruled(lambda text: Label.ESCALATE if text.endswith("three") else Label.ALLOW)
     safe = SafeAgent(agent, queue=state[1], max_new_tokens=4)
     assert safe.respond("three", "at home", EARLIER).escalation == 1
     state[1].decide(1, "approved")

@@ -288,7 +288,7 @@ def test_a_whole_answer_that_leaves_allow_is_withheld(guarded, upstream, label):
 
 def test_no_part_of_an_answer_is_shown_before_it_was_looked_at(guarded, upstream):
     guard = guarded(watch_every=2)
-    texts = [f"word{k} " for k in range(20)]
+    texts = [f"word{k} " for k in range(12)]
     upstream.parts = [part for event in chunks(*texts) for part in (event, 0.005)]
     shown = ""
     for event in ask(guard, "hello", stream=True):
