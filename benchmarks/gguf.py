@@ -92,7 +92,7 @@ def main() -> None:
         chosen = random.Random(0).sample(read_jsonl(args.run / "test_predictions.jsonl")[0], args.requests)
         agent = load_agent(args.run, device="cpu")
         prompts = [list(agent.template.encode(r.user_request, r.context).tokens) for r in chosen]
-        decided = [agent.decide(r.user_request, r.context) for r in chosen]
+        decided = [agent.look([agent.template.encode(r.user_request, r.context)]) for r in chosen]
         results = {}
         with tempfile.TemporaryDirectory() as work:
             export_hf(agent, Path(work) / "hf")

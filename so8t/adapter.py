@@ -17,12 +17,13 @@ from safetensors.torch import load, save
 
 from so8t.base import BaseSpec, identity, load_base, shared_lead
 from so8t.calibration import Policy, load_policy
+from so8t.conversation import Reading
 from so8t.data.cache import PrefixCache
-from so8t.data.tokenise import Template, pad_rows
+from so8t.data.tokenise import Encoded, Template, pad_rows
 from so8t.errors import ArtefactError
 from so8t.files import write_bytes, write_json
 from so8t.gates import GateSpec
-from so8t.labels import LABELS
+from so8t.labels import FAIL_CLOSED, LABELS, Label
 from so8t.model import Decisions, HeadSpec, SO8TModel
 from so8t.specs import PositiveInt, spec
 
@@ -30,6 +31,11 @@ FORMAT = 2
 
 REPETITION_PENALTY = 1.1
 """A small base that answers greedily goes round in circles without one."""
+
+MOST_WINDOWS = 64
+"""Prompts that a text is read in. With the default room of about 130 tokens these are about 4,000."""
+AT_ONCE = 64
+"""Prompts in one pass at most."""
 
 
 @spec
@@ -63,6 +69,14 @@ def save_adapter(folder: Path, model: SO8TModel, template: Template, *, system_p
 
 
 @dataclass
+class TextDecisions(Decisions):
+    """Decisions on whole texts; `unread` ones would take more than `MOST_WINDOWS` and are ESCALATE at least, by their beginning
+    and end."""
+
+    unread: torch.Tensor
+
+
+@dataclass
 class Agent:
     """A loaded adapter on its base. With a `policy`, decisions and probabilities are the policy's."""
 
@@ -71,16 +85,39 @@ class Agent:
     folder: Path
     policy: Policy | None = None
 
-    @torch.no_grad()
-    def decide(self, request: str, context: str | None = None) -> Decisions:
+    def decide(self, request: str, context: str | None = None) -> TextDecisions:
         """The decision on one request, one row."""
         return self.decide_many([(request, context)])
 
+    def decide_many(self, requests: Sequence[tuple[str, str | None]]) -> TextDecisions:
+        """The decisions on requests with their contexts, a row each, of whatever length."""
+        return self.read([Reading(request, context) for request, context in requests])
+
+    def read(self, readings: Sequence[Reading]) -> TextDecisions:
+        """The decisions on texts, a row each: of several windows the strictest. What several texts begin with is read once."""
+        places: dict[Encoded, int] = {}
+        windows_of: list[list[int]] = []
+        unread: list[bool] = []
+        for text, context, whole in ((r.text, r.context, r.whole) for r in readings):
+            windows = self.template.windows(text, context) if whole else [self.template.encode(text, context)]
+            unread.append(len(windows) > MOST_WINDOWS)
+            windows = windows[:1] if unread[-1] else windows
+            windows_of.append([places.setdefault(window, len(places)) for window in windows])
+        rows = list(places)
+        passes = [self.look(rows[k : k + AT_ONCE]) for k in range(0, len(rows), AT_ONCE)]
+        probabilities, labels, failed, unsure = (
+            torch.cat([getattr(decided, field.name) for decided in passes]) for field in dataclasses.fields(Decisions)
+        )
+        strictness = list(zip(labels.tolist(), failed.tolist(), (-probabilities[:, Label.ALLOW]).tolist(), strict=True))
+        kept = [max(places_of, key=strictness.__getitem__) for places_of in windows_of]
+        too_long = torch.tensor(unread, device=labels.device)
+        strict = torch.where(too_long, labels[kept].clamp(min=int(FAIL_CLOSED)), labels[kept])
+        return TextDecisions(probabilities[kept], strict, failed[kept], unsure[kept], too_long)
+
     @torch.no_grad()
-    def decide_many(self, requests: Sequence[tuple[str, str | None]]) -> Decisions:
-        """The decisions on requests with their contexts, a row each, in one pass."""
-        rows = [self.template.encode(request, context).tokens for request, context in requests]
-        tokens, mask = pad_rows(rows, int(self.template.tokenizer.pad_token_id or 0))
+    def look(self, rows: Sequence[Encoded]) -> Decisions:
+        """The decisions on prompts, a row each, in one pass."""
+        tokens, mask = pad_rows([row.tokens for row in rows], int(self.template.tokenizer.pad_token_id or 0))
         tokens, mask = tokens.to(self.model.base.device), mask.to(self.model.base.device)
         output = self.model(self.model.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
         decided = self.model.decide(output, mask.sum(1) - 1)

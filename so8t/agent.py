@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -25,7 +25,7 @@ from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLog
 from so8t.adapter import REPETITION_PENALTY, Agent
 from so8t.audit import AuditLog
 from so8t.calibration import adapter_digest
-from so8t.conversation import Exchange, Prompt, with_answer
+from so8t.conversation import Exchange, Prompt, Reading, readings, readings_of
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.labels import FAIL_CLOSED, LABELS, Label
@@ -38,6 +38,9 @@ SPOKEN = {
 }
 """What is said instead of an answer. The embedded base is too small to explain a decision in words of its own."""
 
+HELD = "Approved. The guard that holds this request sends it on."
+"""What is said of a request that is not for this agent to answer, until its reply is there."""
+
 HISTORY = 4
 """A prompt for the base has at most so many times the tokens of one that the head reads; the oldest exchanges go first."""
 
@@ -45,11 +48,12 @@ HISTORY = 4
 @dataclass(frozen=True)
 class Verdict:
     """One decision, with probabilities by label (with a policy, the calibrated ones). `failed`: it could not be taken, and
-    stands for ESCALATE."""
+    stands for ESCALATE. `unread`: the text is too long to be read whole, and so ESCALATE at least."""
 
     label: Label
     probabilities: dict[str, float]
     failed: bool = False
+    unread: bool = False
 
     @classmethod
     def not_taken(cls) -> "Verdict":
@@ -57,9 +61,9 @@ class Verdict:
         return cls(FAIL_CLOSED, dict.fromkeys(LABELS, 1 / len(LABELS)), failed=True)
 
     @property
-    def strictness(self) -> tuple[int, bool, float]:
+    def strictness(self) -> tuple[int, bool, bool, float]:
         """Orders decisions: REFUSE is the strictest."""
-        return int(self.label), self.failed, -self.probabilities[Label.ALLOW.name]
+        return int(self.label), self.failed, self.unread, -self.probabilities[Label.ALLOW.name]
 
 
 @dataclass(frozen=True)
@@ -118,45 +122,34 @@ class SafeAgent:
         return self.decide_many([(request, context)])[0]
 
     def decide_many(self, requests: Sequence[tuple[str, str | None]]) -> list[Verdict]:
-        """The decisions on requests with their contexts, taken in one pass, written down in their order."""
+        """The decisions on requests with their contexts, taken together, written down in their order."""
         begun = time.perf_counter()
-        verdicts = self.verdicts(requests)
-        seconds = time.perf_counter() - begun
-        self.write(
-            [
-                self.entry("decision", Prompt(request, context), verdict, seconds=seconds)
-                for (request, context), verdict in zip(requests, verdicts, strict=True)
-            ]
-        )
+        asked = [Reading(request, context) for request, context in requests]
+        verdicts = self.verdicts(asked)
+        self.write_decisions(list(zip(asked, verdicts, strict=True)), time.perf_counter() - begun)
         return verdicts
 
-    def verdicts(self, requests: Sequence[tuple[str, str | None]]) -> list[Verdict]:
+    def verdicts(self, asked: Sequence[Reading]) -> list[Verdict]:
         """Fails closed: what goes wrong inside is ESCALATE, and counted. What goes wrong with many is tried one by one, so that
         no request fails for another's sake."""
-        if not all(request.strip() for request, _ in requests):
+        if not all(reading.text.strip() for reading in asked):
             raise SO8TError("the request is empty")
         try:
-            decided = self.agent.decide_many(requests)
-            rows = zip(decided.labels.tolist(), decided.probabilities.tolist(), decided.failed.tolist(), strict=True)
-            verdicts = [Verdict(Label(label), dict(zip(LABELS, p, strict=True)), failed) for label, p, failed in rows]
+            decided = self.agent.read(asked)
+            columns = (decided.labels, decided.probabilities, decided.failed, decided.unread)
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            verdicts = [Verdict(Label(label), dict(zip(LABELS, p, strict=True)), *how) for label, p, *how in rows]
         except Exception:
-            if len(requests) > 1:
-                return [verdict for request in requests for verdict in self.verdicts([request])]
+            if len(asked) > 1:
+                return [verdict for reading in asked for verdict in self.verdicts([reading])]
             log.exception("a decision failed")
             verdicts = [Verdict.not_taken()]
         self.failures += sum(verdict.failed for verdict in verdicts)
         return verdicts
 
     def verdict(self, prompt: Prompt, answer: str = "") -> Verdict:
-        """The stricter decision on the request (with its answer so far) alone and behind the latest earlier ones that fit."""
-        last = with_answer(prompt.request, answer)
-        readings = [last]
-        before = [exchange.request for exchange in prompt.earlier]
-        while before and not self.agent.template.reads_whole("\n\n".join([*before, last]), prompt.context):
-            before = before[1:]
-        if before:
-            readings.append("\n\n".join([*before, last]))
-        return max(self.verdicts([(text, prompt.context) for text in readings]), key=lambda verdict: verdict.strictness)
+        """The strictest decision of all `readings`, taken together."""
+        return strictest(self.verdicts(readings(prompt, answer, self.agent.template.reads_whole)))
 
     def _begun(self, prompt: Prompt) -> tuple[Prompt, Verdict]:
         """The conversation with what is allowed of it, and the decision on its request. Fails closed, too."""
@@ -177,8 +170,7 @@ class SafeAgent:
             earlier = earlier[1:]
         if not earlier:
             return replace(prompt, earlier=())
-        texts = [text for e in earlier for text in (e.request, with_answer(e.request, e.answer))]
-        allowed = [v.label is Label.ALLOW for v in self.verdicts([(text, prompt.context) for text in texts])]
+        allowed = [verdict.label is Label.ALLOW for verdict in self.verdicts(readings_of(earlier, prompt.context))]
         kept = [e for k, e in enumerate(earlier) if allowed[2 * k] and allowed[2 * k + 1]]
         return replace(prompt, earlier=tuple(kept))
 
@@ -246,6 +238,9 @@ class SafeAgent:
             self.write([self.entry("denied", prompt, verdict, escalation=number)])
             yield Reply(SPOKEN[Label.REFUSE], verdict, finished=True)
             return
+        if found.held:
+            yield Reply(found.reply or HELD, Verdict(Label.ESCALATE, found.probabilities), finished=True)
+            return
         yield from self._stream(prompt, None, approved=True)
 
     @torch.no_grad()
@@ -278,8 +273,12 @@ class SafeAgent:
 
     def write(self, entries: Sequence[Mapping[str, object]]) -> None:
         """Lines of the audit log."""
-        if self.audit is not None:
+        if self.audit is not None and entries:
             self.audit.extend(entries)
+
+    def write_decisions(self, taken: Sequence[tuple[Reading, Verdict]], seconds: float) -> None:
+        """A line each for decisions that were taken together, in so many seconds."""
+        self.write([self.entry("decision", Prompt(r.text, r.context), verdict, seconds=seconds) for r, verdict in taken])
 
     def entry(self, event: str, prompt: Prompt, verdict: Verdict, **more: object) -> dict[str, object]:
         """One line of the audit log."""
@@ -297,6 +296,7 @@ class SafeAgent:
             "decision": verdict.label.name,
             "probabilities": {k: round(v, 6) for k, v in verdict.probabilities.items()},
             "failed": verdict.failed,
+            "unread": verdict.unread,
             "thresholds": thresholds,
             "adapter_sha256": self.digest,
             **texts,
@@ -320,8 +320,15 @@ class Watch:
 
     def look(self, text: str) -> Reply:
         """Decides on all of the answer so far: it may be shown, unless the reply is `stopped`."""
-        seen = self.safe.verdict(self.prompt, text)
-        if seen.label is not Label.ALLOW and not (self.approved and seen.label is Label.ESCALATE and not seen.failed):
+        return self.saw(text, self.safe.verdict(self.prompt, text))
+
+    def allows(self, seen: Verdict) -> bool:
+        """Whether an answer on which this was decided may be shown."""
+        return seen.label is Label.ALLOW or (self.approved and seen.label is Label.ESCALATE and not seen.failed)
+
+    def saw(self, text: str, seen: Verdict) -> Reply:
+        """`look`, when the decision has been taken elsewhere."""
+        if not self.allows(seen):
             return self._stopped(seen, "answer")
         self.reply = Reply(text, seen)
         return self.reply
@@ -345,7 +352,7 @@ class Watch:
         """The reply without an answer; what is for a person goes into the queue."""
         queue, prompt, number = self.safe.queue, self.prompt, None
         if verdict.label is Label.ESCALATE and queue is not None:
-            why = "failure" if verdict.failed else reason
+            why = "failure" if verdict.failed else "length" if verdict.unread else reason
             number = queue.add(prompt.request, prompt.context, verdict.probabilities, why, prompt.earlier)
         if reason != "decision":
             self._write("stopped", verdict, escalation=number)
@@ -356,6 +363,11 @@ class Watch:
 
     def _write(self, event: str, verdict: Verdict, **more: object) -> None:
         self.safe.write([self.safe.entry(event, self.prompt, verdict, **more)])
+
+
+def strictest(verdicts: Iterable[Verdict]) -> Verdict:
+    """The one that counts."""
+    return max(verdicts, key=lambda verdict: verdict.strictness)
 
 
 def spoken(verdict: Verdict, escalation: int | None) -> str:

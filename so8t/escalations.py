@@ -30,14 +30,25 @@ CREATE TABLE IF NOT EXISTS escalations (
 """
 _EARLIER = "ALTER TABLE escalations ADD COLUMN earlier TEXT NOT NULL DEFAULT '[]'"
 """For a queue from before conversations were kept in it."""
-_COLUMNS = "id, created, request, context, probabilities, reason, state, decided, note, earlier"
+_HELD = """
+CREATE TABLE IF NOT EXISTS held (
+    id INTEGER PRIMARY KEY REFERENCES escalations (id),
+    ticket TEXT NOT NULL UNIQUE,
+    body TEXT NOT NULL,
+    reply TEXT,
+    said TEXT
+)
+"""
+"""What a guard holds back for its upstream until it is approved; the upstream's reply, and what that says."""
+_COLUMNS = "id, created, request, context, probabilities, reason, state, decided, note, earlier, ticket IS NOT NULL, said"
+_FROM = "FROM escalations LEFT JOIN held USING (id)"
 _WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Escalation:
     """One request that a person decides, with the conversation it came in. Times are seconds since 1970; `reason` is why it
-    came here."""
+    came here. `held`: by a guard, which sends it on when it is approved; `reply` is what was said then."""
 
     id: int
     created: float
@@ -49,6 +60,17 @@ class Escalation:
     decided: float | None
     note: str | None
     earlier: tuple[Exchange, ...] = ()
+    held: bool = False
+    reply: str | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A request that a guard holds: the number of its escalation, the body to send, and the reply to it as it came."""
+
+    number: int
+    body: str
+    reply: str | None
 
 
 class EscalationQueue:
@@ -64,6 +86,7 @@ class EscalationQueue:
         with self._open() as database:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute(_TABLE)
+            database.execute(_HELD)
             database.execute("BEGIN IMMEDIATE")  # of two processes that open an old queue, one adds the column
             if "earlier" not in [row[1] for row in database.execute("PRAGMA table_info(escalations)")]:
                 database.execute(_EARLIER)
@@ -101,7 +124,7 @@ class EscalationQueue:
         """Requests in one state, or all (`None`), oldest first."""
         where, values = ("", ()) if state is None else (" WHERE state = ?", (state,))
         with self._open() as database:
-            rows = database.execute(f"SELECT {_COLUMNS} FROM escalations{where} ORDER BY id", values).fetchall()  # noqa: S608
+            rows = database.execute(f"SELECT {_COLUMNS} {_FROM}{where} ORDER BY id", values).fetchall()
         return [_escalation(row) for row in rows]
 
     def get(self, number: int) -> Escalation:
@@ -111,7 +134,7 @@ class EscalationQueue:
             SO8TError: there is none of that id.
         """
         with self._open() as database:
-            row = database.execute(f"SELECT {_COLUMNS} FROM escalations WHERE id = ?", (number,)).fetchone()  # noqa: S608
+            row = database.execute(f"SELECT {_COLUMNS} {_FROM} WHERE id = ?", (number,)).fetchone()
         if row is None:
             raise SO8TError(f"{self.path}: no escalation {number}; `so8t escalations list --all` shows what there is")
         return _escalation(row)
@@ -132,8 +155,35 @@ class EscalationQueue:
             raise SO8TError(f"escalation {number} was {found.state} before: a decision is taken once")
         return found
 
+    # -- what a guard holds --------------------------------------------------------------------------------------------
+
+    def hold(self, number: int, ticket: str, body: str) -> None:
+        """Keeps what is to be sent if the request is approved; whoever has the `ticket` may ask for the reply."""
+        with self._open() as database:
+            database.execute("INSERT INTO held (id, ticket, body) VALUES (?, ?, ?)", (number, ticket, body))
+
+    def held(self, ticket: str) -> Held | None:
+        """What is held under a ticket."""
+        with self._open() as database:
+            row = database.execute("SELECT id, body, reply FROM held WHERE ticket = ?", (ticket,)).fetchone()
+        return None if row is None else Held(*row)
+
+    def to_send(self) -> list[Held]:
+        """What was approved and has no reply yet, oldest first."""
+        with self._open() as database:
+            rows = database.execute(
+                f"SELECT id, body, reply {_FROM} WHERE state = 'approved' AND body IS NOT NULL AND reply IS NULL ORDER BY id"
+            ).fetchall()
+        return [Held(*row) for row in rows]
+
+    def keep_reply(self, number: int, reply: str, said: str) -> None:
+        """Keeps the reply to what was sent, as it came and as text."""
+        with self._open() as database:
+            database.execute("UPDATE held SET reply = ?, said = ? WHERE id = ?", (reply, said, number))
+
 
 def _escalation(row: tuple) -> Escalation:
-    number, created, request, context, probabilities, reason, state, decided, note, earlier = row
+    number, created, request, context, probabilities, reason, state, decided, note, earlier, held, said = row
     exchanges = tuple(Exchange(**exchange) for exchange in json.loads(earlier))
-    return Escalation(number, created, request, context, json.loads(probabilities), reason, state, decided, note, exchanges)
+    told = json.loads(probabilities)
+    return Escalation(number, created, request, context, told, reason, state, decided, note, exchanges, bool(held), said)

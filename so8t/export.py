@@ -227,7 +227,7 @@ def compared(agent: Agent, folder: Path, requests: Sequence[str], model: PreTrai
         theirs = model(input_ids=tokens).logits.float()
         logits = max(logits, (ours - theirs).abs().max().item())
         relative = max(relative, ((ours - theirs).norm() / ours.norm()).item())
-        decided = agent.decide(request)
+        decided = agent.look([agent.template.encode(request)])  # one prompt, as the head beside the export reads it
         label, by_label = head.decide(request)
         decisions += label != LABELS[int(decided.labels[0])]
         difference = decided.probabilities[0].cpu() - torch.tensor(list(by_label.values()))

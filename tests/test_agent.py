@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from so8t.adapter import Agent, load_agent
-from so8t.agent import SPOKEN, Growth, SafeAgent
+from so8t.agent import HELD, SPOKEN, Growth, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
 from so8t.cli import main
 from so8t.conversation import Exchange, Prompt
@@ -14,31 +14,14 @@ from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.gates import GateSpec
 from so8t.labels import LABELS, Label
-from so8t.model import Decisions, HeadSpec, SO8TModel
-
-
-class Ruled(Agent):
-    """An agent whose head is a rule over what it is asked to decide: `asked` counts, `rule(text, n)` gives the label."""
-
-    def ruled(self, rule):
-        self.rule, self.asked = rule, []
-        return self
-
-    def decide_many(self, requests):
-        labels = []
-        for request, _ in requests:
-            self.asked.append(request)
-            labels.append(int(self.rule(request, len(self.asked))))
-        probabilities = torch.full((len(labels), 3), 0.05)
-        probabilities[range(len(labels)), labels] = 0.9
-        no = torch.zeros(len(labels), dtype=torch.bool)
-        return Decisions(probabilities, torch.tensor(labels), no, no)
+from so8t.model import HeadSpec, SO8TModel
+from tests.ruled import Ruled
 
 
 @pytest.fixture
 def ruled(finished_run):
     loaded = load_agent(finished_run)
-    return lambda rule: Ruled(loaded.model, loaded.template, loaded.folder).ruled(rule)
+    return lambda rule: Ruled.of(loaded, rule)
 
 
 @pytest.fixture
@@ -52,7 +35,7 @@ def told(audit):
 
 @pytest.mark.parametrize("label", [Label.ESCALATE, Label.REFUSE])
 def test_only_allow_generates(ruled, state, label, monkeypatch):
-    agent = ruled(lambda text, n: label)
+    agent = ruled(lambda text: label)
     monkeypatch.setattr(agent.model.base.causal_lm, "forward", None)  # any call of it would raise
     safe = SafeAgent(agent, audit=state[0], queue=state[1])
     reply = safe.respond("do it")
@@ -65,7 +48,7 @@ def test_only_allow_generates(ruled, state, label, monkeypatch):
 
 
 def test_an_answer_is_watched_and_never_shown_before(ruled, state):
-    agent = ruled(lambda text, n: Label.ALLOW)
+    agent = ruled(lambda text: Label.ALLOW)
     replies = list(SafeAgent(agent, audit=state[0], max_new_tokens=12, watch_every=4).stream("hello"))
     assert len(agent.asked) == len(replies) == 4  # the request, and three looks at the answer
     for asked, reply in zip(agent.asked[1:], replies[1:], strict=True):
@@ -78,9 +61,9 @@ def test_an_answer_is_watched_and_never_shown_before(ruled, state):
 @pytest.mark.parametrize("look", [2, 3, 4])
 @pytest.mark.parametrize("label", [Label.ESCALATE, Label.REFUSE])
 def test_an_answer_that_leaves_allow_is_stopped_and_its_last_part_not_shown(ruled, state, look, label):
-    whole = SafeAgent(ruled(lambda text, n: Label.ALLOW), max_new_tokens=12, watch_every=4)
+    whole = SafeAgent(ruled(lambda text: Label.ALLOW), max_new_tokens=12, watch_every=4)
     texts = [reply.text for reply in whole.stream("hello")]
-    agent = ruled(lambda text, n: label if n == look else Label.ALLOW)
+    agent = ruled(lambda text: label if len(agent.passes) == look else Label.ALLOW)
     last = SafeAgent(agent, audit=state[0], queue=state[1], max_new_tokens=12, watch_every=4).respond("hello")
     assert last.stopped
     assert last.verdict.label is label
@@ -105,7 +88,7 @@ def test_the_watch_reads_the_real_head(always):
         assert reply.verdict.probabilities[label] == pytest.approx(0.78699, abs=1e-4)
 
 
-def broken(text, n):
+def broken(text):
     raise RuntimeError("out of memory")
 
 
@@ -122,7 +105,7 @@ def test_an_exception_inside_is_escalate_and_counted_as_a_failure(ruled, state):
 
 
 def test_a_failure_while_answering_stops_the_answer(ruled, state, monkeypatch):
-    agent = ruled(lambda text, n: Label.ALLOW)
+    agent = ruled(lambda text: Label.ALLOW)
     monkeypatch.setattr(agent.model.base.causal_lm, "forward", lambda **_: 1 / 0)
     safe = SafeAgent(agent, audit=state[0], queue=state[1])
     reply = safe.respond("hello")
@@ -132,7 +115,7 @@ def test_a_failure_while_answering_stops_the_answer(ruled, state, monkeypatch):
 
 
 def test_an_approved_request_is_answered_and_a_denied_one_refused(ruled, state):
-    agent = ruled(lambda text, n: Label.ESCALATE)
+    agent = ruled(lambda text: Label.ESCALATE)
     safe = SafeAgent(agent, audit=state[0], queue=state[1], max_new_tokens=4)
     for _ in range(3):
         safe.respond("wire the money")
@@ -145,15 +128,27 @@ def test_an_approved_request_is_answered_and_a_denied_one_refused(ruled, state):
     assert not answered.stopped
     assert answered.text not in SPOKEN.values()
     assert refused.text == SPOKEN[Label.REFUSE]
-    before = len(agent.asked)
-    agent.rule = lambda text, n: Label.REFUSE if n == before + 2 else Label.ESCALATE
+    before = len(agent.passes)
+    agent.rule = lambda text: Label.REFUSE if len(agent.passes) == before + 2 else Label.ESCALATE
     state[1].decide(3, "approved")
     assert safe.resume(3).stopped  # approval does not switch off the watch
     assert verify(state[0].folder).problems == []
 
 
+def test_what_a_guard_holds_is_not_answered_here(ruled, state):
+    agent = ruled(lambda text: Label.ESCALATE)
+    safe = SafeAgent(agent, queue=state[1])
+    safe.respond("wire the money")
+    state[1].hold(1, "ticket", "{}")
+    state[1].decide(1, "approved")
+    assert safe.resume(1).text == HELD
+    state[1].keep_reply(1, "{}", "it is done")
+    assert safe.resume(1).text == "it is done"
+    assert agent.asked == ["wire the money"]
+
+
 def test_the_audit_log_holds_hashes_unless_texts_are_asked_for(ruled, state, tmp_path):
-    agent = ruled(lambda text, n: Label.ALLOW)
+    agent = ruled(lambda text: Label.ALLOW)
     SafeAgent(agent, audit=state[0], max_new_tokens=4).respond("my secret")
     assert "my secret" not in files_of(state[0].folder)[0].read_text()
     kept = AuditLog(tmp_path / "kept")
@@ -168,7 +163,7 @@ EARLIER = (Exchange("one", "answer one"), Exchange("two", "answer two"))
 
 
 def test_in_a_conversation_a_request_is_decided_alone_and_behind_the_earlier_ones(ruled, state):
-    agent = ruled(lambda text, n: Label.ALLOW)
+    agent = ruled(lambda text: Label.ALLOW)
     reply = SafeAgent(agent, audit=state[0], max_new_tokens=4, watch_every=4).respond("three", None, EARLIER)
     assert reply.finished
     assert agent.asked[:4] == ["one", "one\n\nanswer one", "two", "two\n\nanswer two"]
@@ -180,7 +175,7 @@ def test_in_a_conversation_a_request_is_decided_alone_and_behind_the_earlier_one
 @pytest.mark.parametrize("alone", Label)
 @pytest.mark.parametrize("behind", Label)
 def test_the_stricter_of_the_two_decisions_counts(ruled, alone, behind):
-    agent = ruled(lambda text, n: {"three": alone, "one\n\ntwo\n\nthree": behind}.get(text, Label.ALLOW))
+    agent = ruled(lambda text: {"three": alone, "one\n\ntwo\n\nthree": behind}.get(text, Label.ALLOW))
     safe = SafeAgent(agent, max_new_tokens=4)
     first = next(safe.stream("three", None, EARLIER))
     assert first.verdict.label is max(alone, behind)
@@ -190,7 +185,7 @@ def test_the_stricter_of_the_two_decisions_counts(ruled, alone, behind):
 @pytest.mark.parametrize("bad", ["one", "one\n\nanswer one"])
 @pytest.mark.parametrize("label", [Label.ESCALATE, Label.REFUSE])
 def test_an_exchange_that_is_not_allowed_is_kept_from_the_base(ruled, state, bad, label, monkeypatch):
-    agent = ruled(lambda text, n: label if text == bad else Label.ALLOW)
+    agent = ruled(lambda text: label if text == bad else Label.ALLOW)
     safe, seen = SafeAgent(agent, audit=state[0], max_new_tokens=4), []
     encode = agent.template.encode_conversation
     monkeypatch.setattr(agent.template, "encode_conversation", lambda prompt: seen.append(prompt) or encode(prompt))
@@ -200,18 +195,18 @@ def test_an_exchange_that_is_not_allowed_is_kept_from_the_base(ruled, state, bad
 
 
 def test_the_oldest_exchanges_go_when_there_is_no_room(ruled):
-    agent = ruled(lambda text, n: Label.ALLOW)
+    agent = ruled(lambda text: Label.ALLOW)
     long = tuple(Exchange(f"{k} " + "x" * 90, "y" * 90) for k in range(9))
     SafeAgent(agent, max_new_tokens=4).respond("last", None, long)
-    kept = [text for text in agent.asked if text.endswith("y")]
+    kept = {text[0] for text in agent.asked if text[1] == " " and text.endswith("y")}
     assert 0 < len(kept) < 9
-    assert kept[-1].startswith("8 ")
+    assert max(kept) == "8"
     assert agent.template.reads_whole(agent.asked[-1])
     assert agent.asked[-1].startswith("8 ")  # one more would not fit
 
 
 def test_an_escalated_request_is_answered_in_its_conversation_after_approval(ruled, state, monkeypatch):
-    agent = ruled(lambda text, n: Label.ESCALATE if text == "three" else Label.ALLOW)
+    agent = ruled(lambda text: Label.ESCALATE if text.endswith("three") else Label.ALLOW)
     safe = SafeAgent(agent, queue=state[1], max_new_tokens=4)
     assert safe.respond("three", "at home", EARLIER).escalation == 1
     state[1].decide(1, "approved")
@@ -222,7 +217,7 @@ def test_an_escalated_request_is_answered_in_its_conversation_after_approval(rul
 
 
 def test_a_conversation_that_cannot_be_read_is_escalate(ruled, state, monkeypatch):
-    agent = ruled(lambda text, n: Label.ALLOW)
+    agent = ruled(lambda text: Label.ALLOW)
     monkeypatch.setattr(agent.template, "encode_conversation", lambda prompt: 1 / 0)
     safe = SafeAgent(agent, audit=state[0], queue=state[1])
     reply = safe.respond("three", None, EARLIER)
@@ -230,7 +225,7 @@ def test_a_conversation_that_cannot_be_read_is_escalate(ruled, state, monkeypatc
 
 
 def test_what_fails_among_many_fails_alone(ruled):
-    agent = ruled(lambda text, n: 1 / 0 if text == "b" else Label.ALLOW)
+    agent = ruled(lambda text: 1 / 0 if text == "b" else Label.ALLOW)
     safe = SafeAgent(agent)
     assert [v.failed for v in safe.decide_many([("a", None), ("b", None), ("c", None)])] == [False, True, False]
     assert safe.failures == 1

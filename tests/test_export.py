@@ -108,7 +108,7 @@ def check_decisions(agent: Agent, folder: Path, requests: tuple[str, ...] = (*RE
     head = SafetyHead(folder, AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
     for request in requests:
         for context in (None, "You have shell access."):
-            ours = agent.decide(request, context)
+            ours = agent.look([agent.template.encode(request, context)])
             label, probabilities = head.decide(request, context)
             assert label == LABELS[int(ours.labels[0])]
             assert list(probabilities) == list(LABELS)

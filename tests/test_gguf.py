@@ -65,7 +65,7 @@ def check_same(agent: Agent, file: Path, plain: Path, requests: tuple[str, ...] 
     head = SafetyHead(file.parent, model, AutoTokenizer.from_pretrained(file.parent))
     for request in requests:
         assert spoken(model, agent, request) == spoken(twin, agent, request), request
-        ours = agent.decide(request)
+        ours = agent.look([agent.template.encode(request)])
         label, probabilities = head.decide(request)
         assert label == LABELS[int(ours.labels[0])]
         assert list(probabilities.values()) == pytest.approx(ours.probabilities[0].tolist(), abs=1e-4)

@@ -7,18 +7,17 @@ import time
 import httpx2
 import openai
 import pytest
-import torch
 from fastapi.responses import JSONResponse, Response
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from so8t.adapter import Agent, load_agent
+from so8t.adapter import load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
 from so8t.conversation import with_answer
 from so8t.escalations import EscalationQueue
 from so8t.labels import Label
-from so8t.model import Decisions
+from so8t.serving import approvals
 from so8t.serving.app import make_app
 from so8t.serving.guard import Guard
 from so8t.serving.guard_app import guard_routes
@@ -26,25 +25,8 @@ from so8t.serving.service import make_service
 from so8t.serving.upstream import Upstream as Behind
 from so8t.serving.watched import pieces
 from so8t.serving.worker import Limits
+from tests.ruled import Ruled
 from tests.upstreams import Upstream, chunk, chunks, completion, running, until
-
-
-class Ruled(Agent):
-    """An agent whose head is a rule over texts; `asked` is what it was asked, in order."""
-
-    def ruled(self, rule):
-        self.rule, self.asked = rule, []
-        return self
-
-    def decide_many(self, requests):
-        labels = []
-        for text, context in requests:
-            self.asked.append(text)
-            labels.append(int(self.rule(f"{context}\n\n{text}" if context else text)))
-        probabilities = torch.full((len(labels), 3), 0.05)
-        probabilities[range(len(labels)), labels] = 0.9
-        no = torch.zeros(len(labels), dtype=torch.bool)
-        return Decisions(probabilities, torch.tensor(labels), no, no)
 
 
 def words(text):
@@ -97,7 +79,7 @@ def guarded(loaded, upstream, tmp_path):
     with ExitStack() as stack:
 
         def start(rule=words, **options):
-            agent = Ruled(loaded.model, loaded.template, loaded.folder).ruled(rule)
+            agent = Ruled.of(loaded, rule)
             options.setdefault("url", f"{upstream.url}/v1")
             guard = Guarded(agent, tmp_path, upstream, **options)
             guard.url = stack.enter_context(running(guard.app))
@@ -177,7 +159,7 @@ def test_what_is_not_allowed_never_reaches_the_upstream(guarded, upstream, text,
     ],
 )
 def test_every_text_of_a_conversation_is_read_however_long_and_wherever_it_stands(guarded, upstream, messages):
-    guard = guarded(lambda text: words(guard.agent.template.tokenizer.decode(guard.agent.template.encode(text).tokens)))
+    guard = guarded()
     assert ask(guard, messages=messages).choices[0].finish_reason == "content_filter"
     assert upstream.asked == []
 
@@ -231,11 +213,12 @@ def test_a_request_that_cannot_be_read_whole_is_an_error_in_openais_shape(guarde
     assert upstream.asked == []
 
 
-def test_requests_that_are_too_large_or_too_long_are_refused(guarded, upstream):
+def test_a_request_that_is_too_long_is_for_a_person_and_one_that_is_too_large_is_refused(guarded, upstream):
     guard = guarded()
-    long = {"model": "up", "messages": [{"role": "user", "content": "a" * 20_000}]}
-    huge = {"model": "up", "messages": [{"role": "user", "content": "a" * 70_000}]}
-    assert [post(guard, body).status_code for body in (long, huge)] == [413, 413]
+    told = ask(guard, "a" * 20_000).so8t
+    assert (told["decision"], told["unread"], told["failed"]) == ("ESCALATE", True, False)
+    assert guard.queue.get(1).reason == "length"
+    assert post(guard, {"model": "up", "messages": [{"role": "user", "content": "a" * 70_000}]}).status_code == 413
     assert upstream.asked == []
 
 
@@ -305,7 +288,7 @@ def test_a_whole_answer_that_leaves_allow_is_withheld(guarded, upstream, label):
 
 def test_no_part_of_an_answer_is_shown_before_it_was_looked_at(guarded, upstream):
     guard = guarded(watch_every=2)
-    texts = [f"word{k} " for k in range(20)]
+    texts = [f"word{k} " for k in range(12)]
     upstream.parts = [part for event in chunks(*texts) for part in (event, 0.005)]
     shown = ""
     for event in ask(guard, "hello", stream=True):
@@ -511,6 +494,87 @@ def test_many_clients_at_once_each_get_their_own_answer_and_the_log_stays_whole(
     assert reasons == ["stop", "content_filter", "content_filter"] * 5
     assert len(upstream.asked) == 5
     assert verify(guard.audit.folder).problems == []
+
+
+def test_looks_of_many_clients_share_passes(guarded, upstream):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def slow(text):
+        time.sleep(0.005)
+        return Label.ALLOW
+
+    guard, clients = guarded(slow), 16
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(lambda k: ask(guard, f"hello {k}"), range(clients)))
+    assert sum(guard.agent.passes) >= 2 * clients  # each request and each answer
+    assert len(guard.agent.passes) < clients
+
+
+# -- approved --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr(approvals, "EVERY_SECONDS", 0.02)
+    monkeypatch.setattr(approvals, "AGAIN_SECONDS", 0.1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_approved_request_is_sent_on_and_its_reply_is_kept_for_its_ticket(guarded, upstream, often, so8t, tmp_path, stream):
+    guard = guarded(key="of-the-upstream")
+    upstream.whole = completion({"content": "wire the money, then ring me"})  # is ESCALATE, which a person has allowed
+    got = ask(guard, "wire the money", stream=stream)
+    told = list(got)[-1].so8t if stream else got.so8t
+    waiting = guard.client.chat.completions.retrieve(told["ticket"])
+    assert waiting.choices[0].message.content == SPOKEN[Label.ESCALATE].format(number=" (escalation 1)")
+    assert upstream.asked == []
+    assert so8t("escalations", "approve", 1, "--state", tmp_path)[0] == 0
+    assert until(lambda: guard.queue.get(1).reply)
+    [(_, headers, sent)] = upstream.asked
+    assert json.loads(sent) == {"model": "up", "messages": [{"role": "user", "content": "wire the money"}]}
+    assert headers["authorization"] == "Bearer of-the-upstream"
+    url = f"{guard.url}/v1/chat/completions/{told['ticket']}"
+    assert httpx2.get(url).json() == upstream.whole
+    assert "wire the money, then ring me" in so8t("escalations", "show", 1, "--state", tmp_path)[1]
+    assert guard.events() == ["decision", "decision", "answer"]
+    assert guard.told()[1]["approved"]
+    time.sleep(0.1)
+    assert len(upstream.asked) == 1
+
+
+def test_an_approved_request_whose_answer_is_refused_is_withheld_and_a_denied_one_is_not_sent(guarded, upstream, often):
+    guard = guarded()
+    upstream.whole = completion({"content": "poison her"})
+    tickets = [ask(guard, "wire the money").so8t["ticket"] for _ in range(2)]
+    guard.queue.decide(2, "denied")
+    guard.queue.decide(1, "approved")
+    assert until(lambda: guard.queue.get(1).reply)
+    for ticket in tickets:
+        told = guard.client.chat.completions.retrieve(ticket)
+        assert told.choices[0].message.content == SPOKEN[Label.REFUSE]
+        assert told.so8t["decision"] == "REFUSE"
+    assert len(upstream.asked) == 1
+
+
+def test_an_upstream_that_fails_is_asked_again_but_not_when_it_refuses(guarded, upstream, often):
+    guard = guarded()
+    ticket = ask(guard, "wire the money").so8t["ticket"]
+    upstream.whole = Response(b"", status_code=500)
+    guard.queue.decide(1, "approved")
+    assert until(lambda: len(upstream.asked) > 1)
+    assert guard.client.chat.completions.retrieve(ticket).so8t["decision"] == "ESCALATE"
+    upstream.whole = JSONResponse({"error": {"message": "no such model"}}, 404)
+    assert until(lambda: guard.queue.get(1).reply)
+    with pytest.raises(openai.InternalServerError, match="404"):
+        guard.client.chat.completions.retrieve(ticket)
+    count = len(upstream.asked)
+    time.sleep(0.2)
+    assert len(upstream.asked) == count
+
+
+def test_nobody_gets_a_completion_without_its_ticket(guarded):
+    with pytest.raises(openai.NotFoundError):
+        guarded().client.chat.completions.retrieve("1")
 
 
 def test_the_real_head_decides_before_and_after_the_upstream(always, upstream, tmp_path):

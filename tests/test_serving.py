@@ -35,10 +35,10 @@ class Held(Agent):
         self.go, self.batches = threading.Event(), []
         return self
 
-    def decide_many(self, requests):
-        self.batches.append(len(requests))
+    def look(self, rows):
+        self.batches.append(len(rows))
         assert self.go.wait(30)
-        return super().decide_many(requests)
+        return super().look(rows)
 
 
 class Served:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from so8t.commands.types import COLOURS, positive
+from so8t.commands.types import COLOURS, TOO_LONG, positive
 from so8t.errors import SO8TError
 from so8t.labels import LABELS, Label
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if args.stream:
         show_stream(agent, request, args.context, console, as_json=args.json)
     decisions = agent.decide(request, args.context)
-    label = Label(int(decisions.labels[0]))
+    label, unread = Label(int(decisions.labels[0])), bool(decisions.unread[0])
     probabilities = {name: float(decisions.probabilities[0, k]) for k, name in enumerate(LABELS)}
     answer = None
     if label is Label.ALLOW:
@@ -67,11 +67,15 @@ def run(args: argparse.Namespace) -> None:
             out["policy"] = agent.policy.as_json()
         if bool(decisions.failed[0]):
             out["failure"] = "a logit was not finite"
+        if unread:
+            out["unread"] = True
         print(json.dumps(out, ensure_ascii=False))
         return
     console.print(f"[bold {COLOURS[label]}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items()))
     if bool(decisions.failed[0]):
         console.print("this is a failure (a logit was not finite), not a prediction")
+    if unread:
+        console.print(TOO_LONG)
     if agent.policy is not None:
         console.print(f"decided {agent.policy.describe()}")
     if answer is not None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from so8t.commands.types import AUDIT, COLOURS, QUEUE, STATE, positive
+from so8t.commands.types import AUDIT, COLOURS, QUEUE, STATE, TOO_LONG, positive
 from so8t.conversation import Exchange
 from so8t.labels import Label
 
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
             for reply in agent.stream(request, args.context, earlier):
                 shown = Text(f"{reply.verdict.label.name}  ", style=f"bold {COLOURS[reply.verdict.label]}")
                 shown.append("  ".join(f"{k} {v:.2f}" for k, v in reply.verdict.probabilities.items()), style="dim")
+                if reply.verdict.unread:
+                    shown.append(f"  {TOO_LONG}", style="dim")
                 shown.append(f"\n{reply.text}", style="none")
                 live.update(shown, refresh=True)
         if reply.verdict.label is Label.ALLOW and reply.text:

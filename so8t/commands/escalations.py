@@ -58,6 +58,10 @@ def run(args: argparse.Namespace) -> None:
     console.print("  ".join(f"{name} {value:.3f}" for name, value in item.probabilities.items()))
     if item.note:
         console.print(f"note: {escape(item.note)}")
+    if item.held:
+        console.print(
+            f"reply: {escape(item.reply)}" if item.reply else "held by a guard, which sends it on once it is approved"
+        )
 
 
 def _answer(args: argparse.Namespace, queue: EscalationQueue, console: Console) -> None:

@@ -1,4 +1,8 @@
-"""`so8t evaluate`: decides every row of a JSONL file and prints the metrics."""
+"""`so8t evaluate`: decides every row of a JSONL file and prints the metrics.
+
+It measures the head as it was trained and calibrated: one prompt a row, a long request by its beginning and its end. At work a
+long one is read in windows besides, and the strictest decision counts.
+"""
 
 import argparse
 import json
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     for line in report.skipped:
         console.print(f"left out: {escape(line)}")
+    if cut := sum(not agent.template.reads_whole(r.user_request, r.context) for r in records):
+        console.print(f"{cut} rows have no room for their middle, which is not read here; `so8t ask` reads it in windows")
     if agent.policy is not None:
         console.print(f"decided {agent.policy.describe()}; --uncalibrated shows the most probable labels")
     print_evaluation(result, console)

@@ -13,6 +13,9 @@ AUDIT, QUEUE = "audit", "escalations.sqlite"
 COLOURS = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}
 """Of decisions in a terminal."""
 
+TOO_LONG = "too long to be read whole, and so not allowed"
+"""What is told beside the decision on such a text."""
+
 
 def positive(text: str) -> int:
     """A whole number from 1 up."""

@@ -45,7 +45,7 @@ class Template:
 
     Args:
         system_prompt: text of the system turn; `None` leaves out the turn where the template lets us.
-        max_length: tokens of a prompt; a longer request keeps its beginning and its end.
+        max_length: tokens of a prompt; a longer request keeps its beginning and its end, or is read in `windows`.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or `max_length` leaves no room for the request.
@@ -92,6 +92,18 @@ class Template:
         body = self._request(text, max(_LEAST, self.room - len(tail))) + tail
         start = len(self.before)
         return Encoded(tuple(self.before + body + self.after), (start, start + len(body)))
+
+    def windows(self, request: str, context: str | None = None) -> list[Encoded]:
+        """`encode`'s prompt, and if that has no room for the middle, prompts of all of it in windows that overlap by half: what
+        is no longer than half of the room stands whole in one of them."""
+        found = [self.encode(request, context)]
+        ids = self._ids(f"{context}\n\n{request}" if context else request, plain=True)
+        start, last, step = len(self.before), len(ids) - self.room, self.room // 2
+        if last > 0:
+            for begin in [*range(0, last, step), last]:
+                body = ids[begin : begin + self.room]
+                found.append(Encoded((*self.before, *body, *self.after), (start, start + len(body))))
+        return found
 
     def reads_whole(self, request: str, context: str | None = None) -> bool:
         """Whether nothing of it is cut out."""

@@ -28,11 +28,12 @@ class DecisionRequest(BaseModel):
 
 
 class Decision(BaseModel):
-    """One of them; a failed decision stands for ESCALATE."""
+    """One of them; a failed decision stands for ESCALATE, and so does one on a text that is too long to be read whole."""
 
     label: str
     probabilities: dict[str, float]
     failed: bool
+    unread: bool
 
 
 class Decisions(BaseModel):
@@ -71,7 +72,9 @@ def decision_routes(service: Service) -> APIRouter:
         verdicts = await service.decide([(text, request.context) for text in texts])
         return Decisions(
             model=service.model,
-            decisions=[Decision(label=v.label.name, probabilities=v.probabilities, failed=v.failed) for v in verdicts],
+            decisions=[
+                Decision(label=v.label.name, probabilities=v.probabilities, failed=v.failed, unread=v.unread) for v in verdicts
+            ],
             latency_ms=1e3 * (time.perf_counter() - begun),
         )
 

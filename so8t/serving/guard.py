@@ -1,13 +1,12 @@
 """The guard's order, for any OpenAI-compatible upstream: read all of a request, decide it, hand it on, watch the answer.
 
 The upstream gets a request only after ALLOW, and the client a part of its answer only after it was looked at. Earlier exchanges
-are decided too, and those that the head does not allow are taken out of what is sent. What is too long for the head to read at
-once is also read in overlapping windows, and the strictest decision counts. Knows nothing of how HTTP is served.
+are decided too, and those that the head does not allow are taken out of what is sent. Decisions of many clients, on requests
+and on answers, are taken in the worker's batches. Knows nothing of how HTTP is served.
 """
 
 import asyncio
 import copy
-import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -15,16 +14,17 @@ from contextlib import aclosing
 from functools import partial
 from typing import TypeVar
 
-from so8t.agent import Verdict, Watch
-from so8t.conversation import with_answer
+from so8t.agent import Reply, Verdict, Watch, spoken, strictest
+from so8t.conversation import Reading, readings, readings_of
 from so8t.errors import SO8TError
+from so8t.escalations import Held
 from so8t.labels import Label
-from so8t.serving.reading import Chat
-from so8t.serving.service import Service
+from so8t.serving.reading import Chat, read_chat
+from so8t.serving.service import Service, decided
 from so8t.serving.strict_json import parse
 from so8t.serving.upstream import Upstream, events, handed_back, read
-from so8t.serving.watched import Garbled, LeftAllow, WatchedAnswer, pieces, released
-from so8t.serving.wire import WireError
+from so8t.serving.watched import Garbled, LeftAllow, WatchedAnswer, released
+from so8t.serving.wire import Answer, ChatCompletion, Choice, Decided, Usage, new_id
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,7 @@ Headers = Iterable[tuple[str, str]]
 
 CHAT = "/chat/completions"
 
-MOST_WINDOWS = 64
-"""Of one request; a longer one is refused (413)."""
-AT_ONCE = 8
-"""Texts that the head reads in one pass."""
+NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
 
 
 class Guard:
@@ -69,11 +66,7 @@ class Guard:
     # -- the request -----------------------------------------------------------------------------------------------------
 
     async def begin(self, chat: Chat) -> tuple[Chat, Watch]:
-        """Decides all of a chat; gives what of it may be sent, if the watch's reply is not `finished`.
-
-        Raises:
-            WireError: it is too long to be read (413).
-        """
+        """Decides all of a chat; gives what of it may be sent, if the watch's reply is not `finished`."""
         begun = time.perf_counter()
         await self.run(lambda: None, accepted=False)  # 503 if the queue is full
         told = len(chat.prompt.earlier)
@@ -93,42 +86,31 @@ class Guard:
         return chat, watch
 
     async def _not_allowed(self, chat: Chat) -> set[int]:
-        """Which earlier exchanges the head does not allow, request or answer or a window of them."""
-        context = chat.prompt.context
-        texts: list[tuple[str, str | None]] = []
-        owners: list[int] = []
-        for k, exchange in enumerate(chat.prompt.earlier):
-            whole = with_answer(exchange.request, exchange.answer)
-            of_it = [(exchange.request, context), (whole, context), *self._windows(whole, context)]
-            texts += of_it
-            owners += [k] * len(of_it)
-        verdicts = await self._verdicts(texts)
-        return {k for k, verdict in zip(owners, verdicts, strict=True) if verdict.label is not Label.ALLOW}
+        """Which earlier exchanges the head does not allow, request or answer."""
+        verdicts = await self._verdicts(readings_of(chat.prompt.earlier, chat.prompt.context))
+        return {k // 2 for k, verdict in enumerate(verdicts) if verdict.label is not Label.ALLOW}
 
     async def _verdict(self, chat: Chat) -> Verdict:
-        """The strictest decision on the user's turn, on it with all that follows, behind earlier ones, and on every window."""
-        prompt = chat.prompt
-        texts = [(chat.asked, prompt.context), *self._windows(prompt.request, prompt.context)]
-        verdicts = [await self.run(partial(self.safe.verdict, prompt)), *await self._verdicts(texts)]
-        return max(verdicts, key=lambda verdict: verdict.strictness)
+        """The strictest decision on the user's turn, on it with all that follows, and behind earlier ones."""
+        asked = Reading(chat.asked, chat.prompt.context)
+        return strictest(await self._verdicts([asked, *readings(chat.prompt, "", self.template.reads_whole)]))
 
-    def _windows(self, text: str, context: str | None) -> list[tuple[str, str | None]]:
-        """What is too long to be read at once, in overlapping windows."""
-        if self.template.reads_whole(text, context):
-            return []
-        whole = f"{context}\n\n{text}" if context else text
-        parts = list(pieces(whole, self.template.length, self.template.room // 2))
-        if len(parts) > MOST_WINDOWS:
-            raise WireError(413, f"too long to be read: more than {MOST_WINDOWS * self.template.room // 2:,} tokens of ours")
-        return [(one + other, None) for one, other in itertools.pairwise(parts) if (one + other).strip()]
+    async def _verdicts(self, asked: Sequence[Reading]) -> list[Verdict]:
+        """From the worker's batches, no more at once than one of them takes: a long conversation leaves room for others."""
+        once, most = list(dict.fromkeys(asked)), self.service.limits.batch
+        found: dict[Reading, Verdict] = {}
+        for k in range(0, len(once), most):
+            waiting = [asyncio.wrap_future(future) for future in self.service.worker.read(once[k : k + most])]
+            found |= zip(once[k : k + most], await asyncio.gather(*waiting), strict=True)
+        return [found[reading] for reading in asked]
 
-    async def _verdicts(self, texts: Sequence[tuple[str, str | None]]) -> list[Verdict]:
-        texts_once = list(dict.fromkeys(texts))
-        found: dict[tuple[str, str | None], Verdict] = {}
-        for k in range(0, len(texts_once), AT_ONCE):
-            batch = texts_once[k : k + AT_ONCE]
-            found |= zip(batch, await self.run(partial(self.safe.verdicts, batch)), strict=True)
-        return [found[text] for text in texts]
+    async def told(self, chat: Chat, reply: Reply) -> Decided:
+        """What the client is told where nothing is answered, or no more; what is for a person is held until it is approved."""
+        if reply.escalation is None:
+            return decided(reply.verdict, reply)
+        ticket = new_id("chatcmpl")
+        await self.run(partial(self.service.queue.hold, reply.escalation, ticket, chat.unstreamed()))
+        return decided(reply.verdict, reply, ticket)
 
     # -- the answer ------------------------------------------------------------------------------------------------------
 
@@ -155,6 +137,24 @@ class Guard:
             return None
         finally:
             self._write_down(watch, answer)
+
+    async def approved(self, held: Held) -> tuple[str, str]:
+        """The completion of a request that a person has allowed, and what it says; its answer is watched against REFUSE alone.
+
+        Raises:
+            WireError: the upstream failed.
+        """
+        begun = time.perf_counter()
+        chat = read_chat(held.body.encode())
+        verdict = await self._verdict(chat)
+        told = partial(Watch, self.safe, chat.prompt, verdict, approved=True, begun=begun, escalation=held.number)
+        watch = await self.run(told)
+        answer = await self.whole(chat, watch, ())
+        if answer is not None:
+            return answer[0].decode(), watch.reply.text
+        reply = watch.reply
+        completion = closed(chat.request.model, reply, decided(reply.verdict, reply))
+        return completion.model_dump_json(), spoken(reply.verdict, reply.escalation)
 
     async def stream(self, chat: Chat, watch: Watch, answer: WatchedAnswer, headers: Headers) -> AsyncGenerator[str, None]:
         """The upstream's events, each after its text was looked at.
@@ -183,10 +183,15 @@ class Guard:
     def watched(self, watch: Watch) -> WatchedAnswer:
         """An answer that `watch` looks at."""
 
-        async def decide(text: str) -> Verdict:
-            return (await self.run(partial(watch.look, text))).verdict
+        async def allowed(text: str) -> bool:
+            seen = strictest(await self._verdicts(readings(watch.prompt, text, self.template.reads_whole)))
+            if watch.allows(seen):
+                watch.saw(text, seen)
+            else:
+                await self.run(partial(watch.saw, text, seen))  # is written down
+            return not watch.reply.stopped
 
-        return WatchedAnswer(decide, self.template.length, self.template.room // 3)
+        return WatchedAnswer(allowed, self.template.length, self.template.room // 3)
 
     def _write_down(self, watch: Watch, answer: WatchedAnswer) -> None:
         """An answer that broke off, or whose client left, is written down as far as it was looked at."""
@@ -196,3 +201,11 @@ class Guard:
         )
         self._writing.add(writing)  # the loop itself keeps only a weak reference
         writing.add_done_callback(self._writing.discard)
+
+
+def closed(model: str, reply: Reply, told: Decided) -> ChatCompletion:
+    """What is said instead of an answer."""
+    said = Answer(content=spoken(reply.verdict, reply.escalation))
+    return ChatCompletion(
+        model=model, choices=[Choice(message=said, finish_reason="content_filter")], usage=NO_TOKENS, so8t=told
+    )

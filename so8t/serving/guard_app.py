@@ -1,4 +1,4 @@
-"""The guard over HTTP: chat completions under watch, the list of models, and nothing else of what the upstream has."""
+"""The guard over HTTP: chat completions under watch, those held for a person, the list of models, and nothing else."""
 
 import asyncio
 import time
@@ -6,33 +6,19 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from so8t.agent import Watch, spoken
-from so8t.serving.guard import CHAT, Guard
+from so8t.serving.approvals import Approvals, completion
+from so8t.serving.guard import CHAT, NO_TOKENS, Guard, closed
 from so8t.serving.reading import Chat, read_chat
-from so8t.serving.service import decided
 from so8t.serving.watched import LeftAllow
-from so8t.serving.wire import (
-    DONE,
-    EVENT_STREAM,
-    Answer,
-    ChatChunk,
-    ChatCompletion,
-    Choice,
-    ChunkChoice,
-    Delta,
-    Usage,
-    WireError,
-    new_id,
-    sse,
-)
+from so8t.serving.wire import DONE, EVENT_STREAM, ChatChunk, ChunkChoice, Decided, Delta, WireError, new_id, sse
 
 LOOK_SECONDS = 0.2
 """How often it is seen whether the client is still there, until the answer begins."""
-
-NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
 
 
 class Stream(StreamingResponse):
@@ -48,13 +34,19 @@ class Stream(StreamingResponse):
 
 
 def guard_routes(guard: Guard) -> APIRouter:
-    """The routes."""
-    routes = APIRouter()
+    """The routes; while they are served, what a person approved is sent on."""
+    routes = APIRouter(lifespan=Approvals(guard).running)
 
     @routes.post("/v1" + CHAT)
     async def chat(request: Request) -> Response:
         chat = read_chat(await request.body())
         return await _while_connected(request, _answered(guard, chat, request))
+
+    @routes.get("/v1" + CHAT + "/{ticket}")
+    async def retrieve(ticket: str) -> Response:
+        """What became of a request that was held for a person."""
+        status, body = await run_in_threadpool(completion, guard.service.queue, ticket)
+        return Response(body, status, media_type="application/json")
 
     @routes.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -85,18 +77,8 @@ async def _answered(guard: Guard, chat: Chat, request: Request) -> Response:
         return Stream(_chained(first, frames))
     if not watch.reply.finished and (answer := await guard.whole(chat, watch, headers)) is not None:
         return Response(answer[0], headers=answer[1], media_type="application/json")
-    return Response(_closed(chat, watch).model_dump_json(), media_type="application/json")
-
-
-def _closed(chat: Chat, watch: Watch) -> ChatCompletion:
-    """What is said instead of an answer."""
-    reply = watch.reply
-    return ChatCompletion(
-        model=chat.request.model,
-        choices=[Choice(message=Answer(content=spoken(reply.verdict, reply.escalation)), finish_reason="content_filter")],
-        usage=NO_TOKENS,
-        so8t=decided(reply.verdict, reply),
-    )
+    told = await guard.told(chat, watch.reply)
+    return Response(closed(chat.request.model, watch.reply, told).model_dump_json(), media_type="application/json")
 
 
 async def _frames(guard: Guard, chat: Chat, watch: Watch, headers: list[tuple[str, str]]) -> AsyncGenerator[bytes, None]:
@@ -118,18 +100,18 @@ async def _frames(guard: Guard, chat: Chat, watch: Watch, headers: list[tuple[st
             yield sse(error.body)
             return
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": chat.request.model, **answer.head}
-    for frame in _closing(chat, watch, head):
+    for frame in _closing(chat, watch, head, await guard.told(chat, watch.reply)):
         yield frame
 
 
-def _closing(chat: Chat, watch: Watch, head: dict) -> Iterator[bytes]:
+def _closing(chat: Chat, watch: Watch, head: dict, told: Decided) -> Iterator[bytes]:
     """The last events of a stream that is closed; what is said instead of an answer is a refusal where one had begun."""
     reply = watch.reply
     said = spoken(reply.verdict, reply.escalation)
     delta = Delta(refusal=said) if reply.stopped else Delta(role="assistant", content=said)
     yield sse(ChatChunk(**head, choices=[ChunkChoice(delta=delta)]))
     last = ChunkChoice(delta=Delta(), finish_reason="content_filter")
-    yield sse(ChatChunk(**head, choices=[last], so8t=decided(reply.verdict, reply)))
+    yield sse(ChatChunk(**head, choices=[last], so8t=told))
     if chat.request.stream_options is not None and chat.request.stream_options.include_usage:
         yield sse(ChatChunk(**head, choices=[], usage=NO_TOKENS))
     yield DONE

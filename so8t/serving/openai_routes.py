@@ -4,17 +4,15 @@ Any model's name is taken; the answer says who gave it. System messages are the 
 """
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from so8t.agent import Reply
 from so8t.conversation import Exchange, Prompt
-from so8t.serving.service import Service, decided, last
+from so8t.serving.service import Service, decided, events, last
 from so8t.serving.wire import (
-    DONE,
     EVENT_STREAM,
     Answer,
     ChatChunk,
@@ -31,7 +29,6 @@ from so8t.serving.wire import (
     Usage,
     WireError,
     new_id,
-    sse,
 )
 
 
@@ -98,33 +95,29 @@ def usage(reply: Reply) -> Usage:
     return Usage(prompt_tokens=reply.read, completion_tokens=reply.written, total_tokens=reply.read + reply.written)
 
 
-async def events(service: Service, first: Reply, rest: AsyncIterator[Reply], *, with_usage: bool) -> AsyncIterator[bytes]:
-    """The chunks of a streamed answer. A character that is not whole yet waits for its last token."""
-    name, created, sent = new_id("chatcmpl"), int(time.time()), ""
+def chunks(model: str, *, with_usage: bool) -> Callable[[Reply], Iterator[ChatChunk]]:
+    """The chunks of a streamed answer, reply by reply. A character that is not whole yet waits for its last token."""
+    name, created, sent = new_id("chatcmpl"), int(time.time()), None
 
-    def chunk(*choices: ChunkChoice, reply: Reply | None = None, used: Usage | None = None) -> bytes:
+    def chunk(*choices: ChunkChoice, reply: Reply | None = None, used: Usage | None = None) -> ChatChunk:
         told = None if reply is None else decided(reply.verdict, reply)
-        return sse(ChatChunk(id=name, created=created, model=service.model, choices=list(choices), usage=used, so8t=told))
+        return ChatChunk(id=name, created=created, model=model, choices=list(choices), usage=used, so8t=told)
 
-    async with aclosing(rest):  # type: ignore[type-var]
-        yield chunk(ChunkChoice(delta=Delta(role="assistant", content="")), reply=first)
-        reply = first
-        try:
-            while True:
-                text = reply.text if reply.finished else reply.text.rstrip("\ufffd")
-                if len(text) > len(sent):
-                    yield chunk(ChunkChoice(delta=Delta(content=text[len(sent) :])))
-                    sent = text
-                if reply.finished:
-                    break
-                reply = await anext(rest)
-        except WireError as error:
-            yield sse(error.body)
-            return
-        yield chunk(ChunkChoice(delta=Delta(), finish_reason=finish_reason(reply)), reply=reply)
-        if with_usage:
-            yield chunk(used=usage(reply))
-        yield DONE
+    def shown(reply: Reply) -> Iterator[ChatChunk]:
+        nonlocal sent
+        if sent is None:
+            sent = ""
+            yield chunk(ChunkChoice(delta=Delta(role="assistant", content="")), reply=reply)
+        text = reply.text if reply.finished else reply.text.rstrip("\ufffd")
+        if len(text) > len(sent):
+            yield chunk(ChunkChoice(delta=Delta(content=text[len(sent) :])))
+            sent = text
+        if reply.finished:
+            yield chunk(ChunkChoice(delta=Delta(), finish_reason=finish_reason(reply)), reply=reply)
+            if with_usage:
+                yield chunk(used=usage(reply))
+
+    return shown
 
 
 def texts_of(request: ModerationRequest) -> list[str]:
@@ -159,7 +152,7 @@ def openai_routes(service: Service) -> APIRouter:
         if request.stream:
             first = await anext(replies)
             told = request.stream_options is not None and request.stream_options.include_usage
-            return StreamingResponse(events(service, first, replies, with_usage=told), media_type=EVENT_STREAM)
+            return StreamingResponse(events(first, replies, chunks(service.model, with_usage=told)), media_type=EVENT_STREAM)
         reply = await last(replies)
         return ChatCompletion(
             model=service.model,

@@ -39,6 +39,11 @@ class Chat:
     turns: tuple[tuple[int, int], ...]
     body: bytes
 
+    def unstreamed(self) -> str:
+        """The body that asks for the same answer in one piece."""
+        parsed = json.loads(self.body)
+        return json.dumps({k: v for k, v in parsed.items() if k not in ("stream", "stream_options")}, ensure_ascii=False)
+
     def without(self, left_out: Collection[int]) -> "Chat":
         """The chat without some of its earlier exchanges."""
         if not left_out:

@@ -3,13 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+
+from pydantic import BaseModel
 
 from so8t.agent import Reply, SafeAgent, Verdict
 from so8t.escalations import EscalationQueue
 from so8t.serving.metrics import Metrics
-from so8t.serving.wire import Decided, WireError
-from so8t.serving.worker import Asked, Limits, Worker
+from so8t.serving.wire import DONE, Decided, WireError, sse
+from so8t.serving.worker import Limits, Worker
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Service:
     metrics: Metrics
     worker: Worker
 
-    async def decide(self, requests: Sequence[Asked]) -> list[Verdict]:
+    async def decide(self, requests: Sequence[tuple[str, str | None]]) -> list[Verdict]:
         """Decisions from the worker's batches.
 
         Raises:
@@ -96,6 +99,25 @@ def _to_loop(
         loop.call_soon_threadsafe(inbox.put_nowait, reply)
 
 
+async def events(
+    first: Reply, rest: AsyncIterator[Reply], shown: Callable[[Reply], Iterator[BaseModel]]
+) -> AsyncIterator[bytes]:
+    """Server-sent events of a reply as it grows: what is `shown` of each, until it is finished or an error ends it."""
+    async with aclosing(rest):  # type: ignore[type-var]
+        reply = first
+        try:
+            while True:
+                for data in shown(reply):
+                    yield sse(data)
+                if reply.finished:
+                    break
+                reply = await anext(rest)
+        except WireError as error:
+            yield sse(error.body)
+            return
+        yield DONE
+
+
 async def last(replies: AsyncIterator[Reply]) -> Reply:
     """The finished one."""
     reply = await anext(replies)
@@ -104,12 +126,14 @@ async def last(replies: AsyncIterator[Reply]) -> Reply:
     return reply
 
 
-def decided(verdict: Verdict, reply: Reply | None = None) -> Decided:
+def decided(verdict: Verdict, reply: Reply | None = None, ticket: str | None = None) -> Decided:
     """A decision on the wire."""
     return Decided(
         decision=verdict.label.name,
         probabilities=verdict.probabilities,
         failed=verdict.failed,
+        unread=verdict.unread,
         stopped=reply is not None and reply.stopped,
         escalation=None if reply is None else reply.escalation,
+        ticket=ticket,
     )

@@ -1,7 +1,6 @@
 """One request, watched: what is decided after each of its tokens, then the reply as it grows. The page at `/` shows it."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
@@ -10,8 +9,8 @@ from pydantic import BaseModel
 from so8t import streaming
 from so8t.agent import Reply
 from so8t.labels import LABELS
-from so8t.serving.service import Service, decided
-from so8t.serving.wire import DONE, EVENT_STREAM, Decided, Text, WireError, sse
+from so8t.serving.service import Service, decided, events
+from so8t.serving.wire import EVENT_STREAM, Decided, Text, WireError
 from so8t.streaming import TokenDecision
 
 
@@ -50,25 +49,6 @@ class ReplyEvent(BaseModel):
     reply: ReplySeen
 
 
-async def events(tokens: Sequence[TokenDecision], reply: Reply, rest: AsyncIterator[Reply]) -> AsyncIterator[bytes]:
-    """Server-sent events: every token, then every reply."""
-    async with aclosing(rest):  # type: ignore[type-var]
-        for token in tokens:
-            probabilities = dict(zip(LABELS, token.probabilities, strict=True))
-            yield sse(TokenEvent(token=TokenSeen(text=token.text, label=token.label.name, probabilities=probabilities)))
-        try:
-            while True:
-                told = decided(reply.verdict, reply)
-                yield sse(ReplyEvent(reply=ReplySeen(text=reply.text, finished=reply.finished, so8t=told)))
-                if reply.finished:
-                    break
-                reply = await anext(rest)
-        except WireError as error:
-            yield sse(error.body)
-            return
-        yield DONE
-
-
 def token_routes(service: Service) -> APIRouter:
     """The route."""
     routes = APIRouter()
@@ -88,8 +68,16 @@ def token_routes(service: Service) -> APIRouter:
             yield first
             yield from replies
 
+        def shown(reply: Reply) -> Iterator[BaseModel]:
+            for token in tokens:
+                probabilities = dict(zip(LABELS, token.probabilities, strict=True))
+                yield TokenEvent(token=TokenSeen(text=token.text, label=token.label.name, probabilities=probabilities))
+            tokens.clear()
+            told = decided(reply.verdict, reply)
+            yield ReplyEvent(reply=ReplySeen(text=reply.text, finished=reply.finished, so8t=told))
+
         replies = service.answer(begin)
         first = await anext(replies)
-        return StreamingResponse(events(tokens, first, replies), media_type=EVENT_STREAM)
+        return StreamingResponse(events(first, replies, shown), media_type=EVENT_STREAM)
 
     return routes

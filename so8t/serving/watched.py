@@ -12,8 +12,6 @@ from contextlib import aclosing
 
 from pydantic import JsonValue
 
-from so8t.agent import Verdict
-from so8t.labels import Label
 from so8t.serving.strict_json import parse
 
 METADATA = {
@@ -75,13 +73,13 @@ class WatchedAnswer:
     """One answer, whole or as it grows: `take` what came, `look` at what is new of it.
 
     Args:
-        decide: the decision on a text in the answer's place.
+        allowed: whether a text in the answer's place may be shown.
         tokens: how many tokens a text is.
         most: tokens of a piece that are surely in view.
     """
 
-    def __init__(self, decide: Callable[[str], Awaitable[Verdict]], tokens: Callable[[str], int], most: int):
-        self.decide, self.tokens, self.most = decide, tokens, most
+    def __init__(self, allowed: Callable[[str], Awaitable[bool]], tokens: Callable[[str], int], most: int):
+        self.allowed, self.tokens, self.most = allowed, tokens, most
         self.head: dict[str, JsonValue] = {}
         """Id, time and model of the answer, so far as they are told."""
         self._seen: dict[Path, str] = {}  # by choice and the part of it (`message`, `delta`)
@@ -142,7 +140,7 @@ class WatchedAnswer:
         for part, fresh in self._fresh.items():
             for piece in pieces(fresh, self.tokens, self.most):
                 text = self._seen.get(part, "") + piece
-                if (await self.decide(text)).label is not Label.ALLOW:
+                if not await self.allowed(text):
                     raise LeftAllow
                 self._seen[part] = text
         self._fresh.clear()

@@ -98,14 +98,17 @@ class ModerationRequest(BaseModel):
 
 
 class Decided(BaseModel):
-    """Our own field: the decision, probabilities by label, whether it failed (then it stands for ESCALATE), whether an answer
-    was stopped after it had begun, and the number in the queue of escalations."""
+    """Our own field: the decision, probabilities by label, whether it failed (then it stands for ESCALATE), whether the text is
+    too long to be read whole (then it is ESCALATE at least), whether an answer was stopped after it had begun, the number in
+    the queue of escalations, and where a guard holds the request, the ticket under which its completion can be retrieved."""
 
     decision: str
     probabilities: dict[str, float]
     failed: bool = False
+    unread: bool = False
     stopped: bool = False
     escalation: int | None = None
+    ticket: str | None = None
 
 
 class Usage(BaseModel):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from so8t.agent import Reply, SafeAgent, Verdict
+from so8t.conversation import Reading
 from so8t.errors import SO8TError
 from so8t.serving.metrics import Metrics
 from so8t.serving.wire import WireError
@@ -22,9 +23,6 @@ from so8t.serving.wire import WireError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-Asked = tuple[str, str | None]
-"""A request and its context."""
 
 Deliver = Callable[[Reply | Exception | None], None]
 """Takes an answer's replies, `None` at the end, or what ended it."""
@@ -45,7 +43,8 @@ class Limits:
 
 @dataclass
 class _Decision:
-    asked: Asked
+    reading: Reading
+    written: bool
     accepted: float
     future: Future[Verdict] = field(default_factory=Future)
 
@@ -107,14 +106,26 @@ class Worker:
         """Decisions and answers that wait."""
         return len(self._decisions) + len(self._asked) + len(self._tasks)
 
-    def decide(self, requests: Sequence[Asked]) -> list[Future[Verdict]]:
-        """Puts all of them into the queue, or none. A future that is cancelled in time is not decided.
+    def decide(self, requests: Sequence[tuple[str, str | None]]) -> list[Future[Verdict]]:
+        """Puts requests with their contexts into the queue, or none of them; their decisions are written down. A future that is
+        cancelled in time is not decided.
 
         Raises:
             WireError: 503, the queue is full or the worker stops.
         """
-        jobs = [_Decision(asked, time.monotonic()) for asked in requests]
+        jobs = [_Decision(Reading(*request), True, time.monotonic()) for request in requests]
         with self._room_for(len(jobs)):
+            self._decisions.extend(jobs)
+        return [job.future for job in jobs]
+
+    def read(self, asked: Sequence[Reading]) -> list[Future[Verdict]]:
+        """Has texts of a request that was accepted before decided in the same batches; whoever asks writes down what follows.
+
+        Raises:
+            WireError: 503, the worker has stopped.
+        """
+        jobs = [_Decision(reading, False, time.monotonic()) for reading in asked]
+        with self._running():
             self._decisions.extend(jobs)
         return [job.future for job in jobs]
 
@@ -137,12 +148,18 @@ class Worker:
             WireError: 503, the queue is full or the worker stops.
         """
         task = _Task(act)
-        with self._changed if accepted else self._room_for(1):
+        with self._running() if accepted else self._room_for(1):
+            self._tasks.append(task)
+        return task.future
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Under the lock, if what is added will still be done."""
+        with self._changed:
             if not self._thread.is_alive():
                 raise WireError(503, "the server has stopped", code="overloaded")
-            self._tasks.append(task)
+            yield
             self._changed.notify()
-        return task.future
 
     @contextmanager
     def _room_for(self, jobs: int) -> Iterator[None]:
@@ -193,15 +210,19 @@ class Worker:
         if not jobs:
             return
         self.metrics.batch.observe(len(jobs))
+        begun = time.perf_counter()
         try:
-            verdicts = self.agent.decide_many([job.asked for job in jobs])
+            pairs = list(zip(jobs, self.agent.verdicts([job.reading for job in jobs]), strict=True))
+            written = [(job.reading, verdict) for job, verdict in pairs if job.written]
+            self.agent.write_decisions(written, time.perf_counter() - begun)
         except Exception as error:  # the audit log cannot be written, say: no decision leaves without it
             log.exception("a batch of decisions failed")
             for job in jobs:
                 job.future.set_exception(error)
             return
-        for job, verdict in zip(jobs, verdicts, strict=True):
-            self.metrics.decided(verdict)
+        for job, verdict in pairs:
+            if job.written:
+                self.metrics.decided(verdict)
             job.future.set_result(verdict)
 
     def _do(self, tasks: int) -> None:
