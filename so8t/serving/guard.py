@@ -89,6 +89,9 @@ class Guard:
         more = {"left_out": told - len(chat.prompt.earlier)} if told else {}
         watch = await self.run(partial(Watch, self.safe, chat.prompt, verdict, approved=False, begun=begun, **more))
         if watch.reply.finished:
+            replies = watch.explained()
+            while not (await self.run(partial(next, replies))).finished:
+                pass
             self.service.metrics.decided(verdict)
         return chat, watch
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from so8t.agent import Watch, spoken
+from so8t.agent import Reply, Watch, spoken
 from so8t.serving.guard import CHAT, Guard
 from so8t.serving.reading import Chat, read_chat
 from so8t.serving.service import decided
@@ -88,12 +88,17 @@ async def _answered(guard: Guard, chat: Chat, request: Request) -> Response:
     return Response(_closed(chat, watch).model_dump_json(), media_type="application/json")
 
 
+def _said(reply: Reply) -> str:
+    """What is said instead of an answer, or of the rest of one."""
+    return spoken(reply.verdict, reply.escalation) if reply.stopped else reply.text
+
+
 def _closed(chat: Chat, watch: Watch) -> ChatCompletion:
-    """What is said instead of an answer."""
+    """The whole answer where there is none."""
     reply = watch.reply
     return ChatCompletion(
         model=chat.request.model,
-        choices=[Choice(message=Answer(content=spoken(reply.verdict, reply.escalation)), finish_reason="content_filter")],
+        choices=[Choice(message=Answer(content=_said(reply)), finish_reason="content_filter")],
         usage=NO_TOKENS,
         so8t=decided(reply.verdict, reply),
     )
@@ -125,7 +130,7 @@ async def _frames(guard: Guard, chat: Chat, watch: Watch, headers: list[tuple[st
 def _closing(chat: Chat, watch: Watch, head: dict) -> Iterator[bytes]:
     """The last events of a stream that is closed; what is said instead of an answer is a refusal where one had begun."""
     reply = watch.reply
-    said = spoken(reply.verdict, reply.escalation)
+    said = _said(reply)
     delta = Delta(refusal=said) if reply.stopped else Delta(role="assistant", content=said)
     yield sse(ChatChunk(**head, choices=[ChunkChoice(delta=delta)]))
     last = ChunkChoice(delta=Delta(), finish_reason="content_filter")
