@@ -1,6 +1,6 @@
 """What a run's rationales are worth, on rows of the starter set's test split that are not ALLOW.
 
-    .venv/bin/python -m benchmarks.rationales RUN [--rows 20]
+    .venv/bin/python -m benchmarks.rationales RUN [--rows 20] [--learn 120]
 
 Perplexity of people's rationales without what was learned (no examples, no rotation), with the examples, and with both; of what
 is written for the same rows, how much is distinct, dropped and why, its length and time; and how many of the people's
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=20)
+    parser.add_argument("--learn", type=int, default=120, help="training rows, for a run without rationales")
     args = parser.parse_args()
     quieten()
     console = Console(soft_wrap=True)
@@ -94,7 +95,8 @@ def main() -> None:
     rationales, learned = agent.rationales, None
     if rationales is None:
         begun = time.perf_counter()
-        rationales = learn(agent.model, agent.template, data.train, RationaleSpec(), batch_size=BATCH, seed=0)
+        spec = RationaleSpec(rows=args.learn)
+        rationales = learn(agent.model, agent.template, data.train, spec, batch_size=BATCH, seed=0)
         learned = time.perf_counter() - begun
     if rationales is None:
         raise SystemExit("this run's training rows have no rationales")

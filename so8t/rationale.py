@@ -60,25 +60,27 @@ def first_sentence(text: str, *, ended: bool) -> str | None:
     return found[0] if found else None
 
 
+def _runs(units: Sequence[str], length: int) -> list[tuple[str, ...]]:
+    return [tuple(units[k : k + length]) for k in range(len(units) - length + 1)]
+
+
 def fault(text: str, request: str, examples: Sequence[Exchange]) -> str | None:
     """What makes a text unfit to be said as the rationale of a request, if anything."""
     kind = script(text)
-    japanese = kind == "kana"
-    units, run, shared = (list(text), 5, 24) if japanese else (text.lower().split(), 3, 10)
-    grams = [tuple(units[k : k + run]) for k in range(len(units) - run + 1)]
-    asked = request.lower() if japanese else " ".join(request.lower().split())
-    join = "" if japanese else " "
+    pattern, least, run, shared = (r"\w", 6, 5, 24) if kind == "kana" else (r"[\w']+", 3, 3, 10)  # characters, or words
+    units, asked = re.findall(pattern, text.lower()), re.findall(pattern, request.lower())
     if first_sentence(text, ended=True) != text:
         return "it is not one sentence"
-    if len(units) < (6 if japanese else 3):
+    if len(units) < least:
         return "it is too short"
     if kind is None or kind != script(request):
         return "it is not in the request's language"
     if re.search(r"[\n`<>{}|\\@]|://|www\.|\d{4}", text):
         return "it holds more than words"
-    if len(set(grams)) < len(grams) or any(one == other for one, other in pairwise(units) if not japanese):
+    runs = _runs(units, run)
+    if len(set(runs)) < len(runs) or (kind != "kana" and any(one == other for one, other in pairwise(units))):
         return "it goes round in circles"
-    if any(join.join(units[k : k + shared]) in asked for k in range(len(units) - shared + 1)):
+    if set(_runs(units, shared)) & set(_runs(asked, shared)):
         return "it repeats the request"
     if text in {example.answer for example in examples}:
         return "it is an example's"

@@ -32,7 +32,7 @@ CANDIDATES = 64
 class RationaleSpec:
     """What `conf/rationale` says; `rows=0` leaves rationales out. `examples` a language and a decision."""
 
-    rows: Count = 240
+    rows: Count = 0
     examples: PositiveInt = 4
     epochs: PositiveInt = 2
     lr: Positive = 0.03
