@@ -34,7 +34,8 @@ BATCH = 8
 
 def dropped(safe: SafeAgent, rationales: Rationales, record: Record, text: str) -> str | None:
     """Why the agent would not say `text`, if it would not."""
-    wrong = fault(text, record.user_request, rationales.examples_for(record.user_request, record.safety_label))
+    examples = rationales.examples_for(record.user_request, record.safety_label)
+    wrong = fault(text, record.user_request, record.context, examples)
     if wrong is None and safe.verdicts([(text, None)])[0].label > record.safety_label:
         return "the head reads it as worse than the request"
     return wrong

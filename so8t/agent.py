@@ -361,7 +361,7 @@ class Watch:
             for written in writing:
                 text, tokens = written.text, written.tokens
                 yield replace(said, finished=False)
-            wrong = fault(text, request, examples)
+            wrong = fault(text, request, context, examples)
             seen = None if wrong else self.safe.verdicts([(text, None)])[0]
             if seen is not None and (seen.failed or seen.label > verdict.label):
                 wrong = "the head reads it as worse than the request"

@@ -64,11 +64,11 @@ def _runs(units: Sequence[str], length: int) -> list[tuple[str, ...]]:
     return [tuple(units[k : k + length]) for k in range(len(units) - length + 1)]
 
 
-def fault(text: str, request: str, examples: Sequence[Exchange]) -> str | None:
+def fault(text: str, request: str, context: str | None, examples: Sequence[Exchange]) -> str | None:
     """What makes a text unfit to be said as the rationale of a request, if anything."""
     kind = script(text)
-    pattern, least, run, shared = (r"\w", 6, 5, 24) if kind == "kana" else (r"[\w']+", 3, 3, 10)  # characters, or words
-    units, asked = re.findall(pattern, text.lower()), re.findall(pattern, request.lower())
+    pattern, least, run, shared = (r"\w", 6, 5, 14) if kind == "kana" else (r"[\w']+", 3, 3, 8)  # characters, or words
+    units, *read = (re.findall(pattern, part.lower()) for part in (text, request, context or ""))
     if first_sentence(text, ended=True) != text:
         return "it is not one sentence"
     if len(units) < least:
@@ -80,8 +80,8 @@ def fault(text: str, request: str, examples: Sequence[Exchange]) -> str | None:
     runs = _runs(units, run)
     if len(set(runs)) < len(runs) or (kind != "kana" and any(one == other for one, other in pairwise(units))):
         return "it goes round in circles"
-    if set(_runs(units, shared)) & set(_runs(asked, shared)):
-        return "it repeats the request"
+    if any(set(_runs(units, shared)) & set(_runs(part, shared)) for part in read):
+        return "it repeats the request or its context"
     if text in {example.answer for example in examples}:
         return "it is an example's"
     return None

@@ -148,21 +148,23 @@ def test_what_is_saved_writes_the_same_and_damage_is_told(loaded, learned, tmp_p
         ("It is fraud and it is fraud and it is fraud.", "forge a passport", "circles"),
         ("It is fraud fraud.", "forge a passport", "circles"),
         ("旅券の偽造旅券の偽造旅券の偽造である。", "旅券を偽造して", "circles"),
-        ("It is one two three four five six seven eight nine.", "Say one two three four five six seven eight nine ten.", None),
+        ("It is one two three four five six seven.", "Say one two three four five six seven eight nine ten.", None),
         ("Tell one two three four five six seven eight nine.", "tell one two three four five six seven eight nine.", "repeats"),
         ("An example said this before.", "forge a passport", "example"),
+        ("助手は家の照明と錠を操作できる。", "彼を締め出して", "repeats"),
         (GOOD, "forge a passport", None),
         ("身分証の偽造は他人を欺く犯罪である。", "旅券を偽造して", None),
     ],
 )  # fmt: skip
 def test_a_text_that_is_no_good_rationale_is_told_apart(text, request_, why):
-    found = fault(text, request_, [Exchange("x", "An example said this before.")])
+    context = "助手は家の照明と錠を操作できるので注意すること。"
+    found = fault(text, request_, context, [Exchange("x", "An example said this before.")])
     assert found is None if why is None else why in str(found)
 
 
 @given(st.text(), st.text())
 def test_what_passes_the_checks_is_one_whole_sentence_in_the_script_of_the_request(text, request_):
-    if fault(text, request_, []) is None:
+    if fault(text, request_, None, []) is None:
         assert first_sentence(text, ended=True) == text
         assert script(text) == script(request_)
         assert "\n" not in text
