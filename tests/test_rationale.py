@@ -1,7 +1,6 @@
 """Rationales: learned without touching a decision, written by the model, checked before they are said, never in the way."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -13,14 +12,10 @@ from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of
 from so8t.conversation import Exchange
 from so8t.data.records import Record, parse_record
-from so8t.data.sources import load_starter
-from so8t.data.tokenise import Template
 from so8t.errors import ArtefactError
-from so8t.gates import GateSpec
 from so8t.labels import Label
-from so8t.model import HeadSpec, SO8TModel
-from so8t.rationale import FILES, MOST_TOKENS, Rationales, Written, fault, first_sentence, load_rationales, script
-from so8t.rationale_training import RationaleSpec, explained, learn, perplexity, states
+from so8t.rationale import FILES, Rationales, Written, fault, first_sentence, load_rationales, script
+from so8t.rationale_training import RationaleSpec, learn, perplexity, states
 from tests.conftest import synthetic_rows
 from tests.test_agent import Ruled
 
@@ -236,34 +231,3 @@ def test_no_rationale_on_allow_nor_for_what_could_not_be_decided_nor_when_it_is_
     SafeAgent(ruled(loaded, learned, lambda text, n: 1 / 0)).respond("hello")
     off = SafeAgent(ruled(loaded, learned, lambda text, n: Label.REFUSE), rationales=False)
     assert [reply.finished for reply in off.stream("hello")] == [True]
-
-
-# -- the real base -----------------------------------------------------------------------------------------------------
-
-
-def test_on_the_real_base_rationales_differ_and_are_the_same_twice(real_base):
-    torch.manual_seed(0)
-    model = SO8TModel(real_base, GateSpec(top_layers=4), HeadSpec())
-    template = Template(real_base.tokenizer, system_prompt="", max_length=160)
-    try:
-        found = explained([r for r in load_starter() if r.language == "en" and len(r.user_request) < 60])
-        train, held_out = [], {}
-        for (_, label), records in found.items():
-            drawn = random.Random(0).sample(records, 28)
-            train += drawn[4:]
-            held_out[label] = drawn[:4]
-        rationales = learn(model, template, train, RationaleSpec(rows=16, epochs=1), batch_size=8, seed=0)
-        assert rationales is not None
-
-        def write(record: Record) -> Written:
-            *_, last = rationales.write(model, template, record.user_request, None, record.safety_label, every=8)
-            return last
-
-        for label in (Label.ESCALATE, Label.REFUSE):
-            texts = [write(record) for record in held_out[label]]
-            assert len({text.text for text in texts}) >= 3, texts
-            assert all(text.tokens <= MOST_TOKENS and text.done for text in texts)
-            assert write(held_out[label][0]) == texts[0]
-        assert set(rationales.examples["latin"]) == set(held_out)
-    finally:
-        model.gates.detach()
