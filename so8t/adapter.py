@@ -25,6 +25,7 @@ from so8t.files import write_bytes, write_json
 from so8t.gates import GateSpec
 from so8t.labels import FAIL_CLOSED, LABELS, Label
 from so8t.model import Decisions, HeadSpec, SO8TModel
+from so8t.rationale import Rationales, load_rationales, save_rationales
 from so8t.specs import PositiveInt, spec
 
 FORMAT = 2
@@ -51,8 +52,12 @@ def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def save_adapter(folder: Path, model: SO8TModel, template: Template, *, system_prompt: str | None) -> None:
-    """Writes both files, each atomically, the JSON last: an adapter with a JSON is whole."""
+def save_adapter(
+    folder: Path, model: SO8TModel, template: Template, rationales: Rationales | None = None, *, system_prompt: str | None
+) -> None:
+    """Writes both files, and those of the rationales, each atomically, the JSON last: an adapter with a JSON is whole."""
+    if rationales is not None:
+        save_rationales(folder, rationales)
     write_bytes(folder / "adapter.safetensors", save(_tensors(model)))
     write_json(
         folder / "adapter.json",
@@ -78,12 +83,14 @@ class TextDecisions(Decisions):
 
 @dataclass
 class Agent:
-    """A loaded adapter on its base. With a `policy`, decisions and probabilities are the policy's."""
+    """A loaded adapter on its base. With a `policy`, decisions and probabilities are the policy's. `rationales` write why a
+    request is not answered."""
 
     model: SO8TModel
     template: Template
     folder: Path
     policy: Policy | None = None
+    rationales: Rationales | None = None
 
     def decide(self, request: str, context: str | None = None) -> TextDecisions:
         """The decision on one request, one row."""
@@ -238,10 +245,11 @@ def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec) -> Stored:
 
 
 def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True) -> Agent:
-    """Loads base, gates and head of a run, and its policy; `with_policy=False` leaves `calibration.json` unread.
+    """Loads base, gates and head of a run, its rationales and its policy; `with_policy=False` leaves `calibration.json` unread.
 
     Raises:
-        ArtefactError: the adapter is missing, damaged, of other labels, or made for another base; or its policy is.
+        ArtefactError: the adapter is missing, damaged, of other labels, or made for another base; or its policy is,
+            or its rationales are.
     """
     folder = find_adapter(Path(run))
     policy = load_policy(folder) if with_policy else None
@@ -252,7 +260,7 @@ def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True
     stored.put_on(model)
     model.requires_grad_(False).eval()
     template = Template(base.tokenizer, system_prompt=stored.template.system_prompt, max_length=stored.template.max_length)
-    return Agent(model, template, folder, policy)
+    return Agent(model, template, folder, policy, load_rationales(folder, model))
 
 
 def cache_for(agent: Agent) -> PrefixCache:

@@ -29,6 +29,7 @@ from so8t.conversation import Exchange, Prompt, Reading, readings, readings_of
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.labels import FAIL_CLOSED, LABELS, Label
+from so8t.rationale import fault
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ SPOKEN = {
     Label.ESCALATE: "This is for a person to decide. I have not answered it{number}.",
     Label.REFUSE: "I will not help with this.",
 }
-"""What is said instead of an answer. The embedded base is too small to explain a decision in words of its own."""
+"""What is said instead of an answer; where the agent has learned to say why, its rationale follows."""
 
 HELD = "Approved. The guard that holds this request sends it on."
 """What is said of a request that is not for this agent to answer, until its reply is there."""
@@ -98,6 +99,7 @@ class SafeAgent:
     Args:
         watch_every: tokens of an answer between two looks at it; 1 looks at each.
         keep_text: whether the audit log holds requests and answers, or their SHA-256 alone.
+        rationales: whether what is not answered is explained by the model.
     """
 
     def __init__(
@@ -109,9 +111,11 @@ class SafeAgent:
         max_new_tokens: int = 128,
         watch_every: int = 8,
         keep_text: bool = False,
+        rationales: bool = True,
     ):
         self.agent, self.audit, self.queue = agent, audit, queue
         self.max_new_tokens, self.watch_every, self.keep_text = max_new_tokens, watch_every, keep_text
+        self.rationales = agent.rationales if rationales else None
         self.failures = 0
         self.digest = adapter_digest(agent.folder)
 
@@ -200,7 +204,7 @@ class SafeAgent:
         prompt, verdict = self._begun(prompt)
         more = {"left_out": told - len(prompt.earlier)} if told else {}
         watch = Watch(self, prompt, verdict, approved=approved, begun=begun, **more)
-        yield watch.reply
+        yield from watch.explained() if watch.reply.finished else (watch.reply,)
         most = self.max_new_tokens if max_new_tokens is None else min(max_new_tokens, self.max_new_tokens)
         try:
             for grown in () if watch.reply.finished else self._watchable(prompt, most):
@@ -286,8 +290,9 @@ class SafeAgent:
         texts = {"request": prompt.request, "context": prompt.context}
         if prompt.earlier:
             texts["earlier"] = json.dumps([asdict(exchange) for exchange in prompt.earlier], ensure_ascii=False)
-        if "answer" in more:
-            texts["answer"] = str(more.pop("answer"))
+        for name in ("answer", "rationale"):
+            if name in more:
+                texts[name] = str(more.pop(name))
         if not self.keep_text:
             texts = {f"{k}_sha256": None if v is None else hashlib.sha256(v.encode()).hexdigest() for k, v in texts.items()}
         thresholds = None if policy is None else {"ALLOW": policy.allow.at, "REFUSE": policy.refuse.at}
@@ -343,6 +348,39 @@ class Watch:
         """What becomes of the answer when something broke."""
         self.safe.failures += 1
         return self._stopped(replace(self.reply.verdict, label=FAIL_CLOSED, failed=True), "failure")
+
+    def explained(self) -> Iterator[Reply]:
+        """The reply to what is not answered; with the model's rationale behind it in the end, if there is one that may be said.
+
+        A rationale is written and checked as a whole before any of it is shown. It is held to one sentence without links or
+        code, and the head must not read it as worse than the request was decided. What goes wrong leaves the reply as it is.
+        """
+        rationales, verdict, said = self.safe.rationales, self.reply.verdict, self.reply
+        request, context, agent = self.prompt.request, self.prompt.context, self.safe.agent
+        if rationales is None or verdict.failed or not (examples := rationales.examples_for(request, verdict.label)):
+            yield said
+            return
+        begun, text, tokens, wrong = time.perf_counter(), "", 0, None
+        try:
+            writing = rationales.write(
+                agent.model, agent.template, request, context, verdict.label, every=self.safe.watch_every
+            )
+            for written in writing:
+                text, tokens = written.text, written.tokens
+                yield replace(said, finished=False)
+            wrong = fault(text, request, context, examples)
+            seen = None if wrong else self.safe.verdicts([Reading(text)])[0]
+            if seen is not None and (seen.failed or seen.label > verdict.label):
+                wrong = "the head reads it as worse than the request"
+        except Exception:
+            log.exception("a rationale failed")
+            self.safe.failures += 1
+            wrong = "failure"
+        seconds = time.perf_counter() - begun
+        self._write("rationale", verdict, rationale=text, dropped=wrong, tokens=tokens, seconds=seconds)
+        if wrong is None:
+            self.reply = replace(said, text=f"{said.text} {text}")
+        yield self.reply
 
     def _stopped(self, verdict: Verdict, reason: str) -> Reply:
         self.reply = replace(self._closed(verdict, reason), text=self.reply.text, stopped=True)

@@ -25,6 +25,7 @@ from so8t.lightning_module import LossSpec
 from so8t.model import HeadSpec
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
+from so8t.rationale_training import RationaleSpec
 from so8t.specs import Count, Positive, spec
 
 # targets that hand keywords they do not name on to another function
@@ -76,6 +77,7 @@ class Config:
     tags: tuple[str, ...] = ()
     compile: bool = False
     hw: HwSpec | None = None
+    rationale: RationaleSpec = RationaleSpec()
 
 
 def compose_train(overrides: Sequence[str]) -> DictConfig:

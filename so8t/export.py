@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from so8t import exported
+from so8t import exported, rationale
 from so8t.adapter import Agent, find_adapter
 from so8t.base import SplitBase
 from so8t.card import Settings, adapter_card, checkpoint_card, gguf_card
@@ -36,7 +36,7 @@ ROWS_AT_ONCE = 8192
 """Rows of an lm_head that exist in float64 at one time."""
 
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
-OPTIONAL_FILES = ("calibration.json",)
+OPTIONAL_FILES = ("calibration.json", *rationale.FILES)
 """Files that may lie beside an adapter and go with it."""
 
 _EYE = torch.eye(DIM, dtype=torch.float64)

@@ -40,6 +40,7 @@ from so8t.memory import GIB, plan
 from so8t.model import SO8TModel
 from so8t.plan_view import advice, subject, verdict
 from so8t.plots import plot_confusion, plot_group, plot_losses, read_metrics
+from so8t.rationale_training import learn
 from so8t.remedies import remedies
 from so8t.report import panels
 from so8t.run_folder import read_run
@@ -91,7 +92,9 @@ def train(composed: DictConfig) -> dict[str, float]:
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
 
     if trainer.is_global_zero:
-        save_adapter(run / "adapter", module.model, data.template, system_prompt=config.data.system_prompt)
+        size = config.data.batch_size
+        rationales = learn(module.model, data.template, data.train, config.rationale, batch_size=size, seed=config.seed)
+        save_adapter(run / "adapter", module.model, data.template, rationales, system_prompt=config.data.system_prompt)
         if config.evaluate:
             metrics |= evaluate_run(module, data, run, console, loggers, batch_size=config.data.eval_batch_size)
         draw(run, callbacks)

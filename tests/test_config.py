@@ -30,6 +30,7 @@ from so8t.lightning_module import LossSpec
 from so8t.model import HeadSpec
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
+from so8t.rationale_training import RationaleSpec
 from tests.conftest import ROOT, composed
 
 CONF = ROOT / "conf"
@@ -343,7 +344,7 @@ def test_a_gpu_profile_without_a_gpu_says_what_to_do(make_config, monkeypatch, a
 
 SPECS: dict[str, type] = {
     "base": BaseSpec, "gate": GateSpec, "head": HeadSpec, "pet": PetSpec, "loss": LossSpec, "optim": OptimSpec,
-    "data": DataSpec, "cache": CacheSpec, "hw": HwSpec, "paths": PathsSpec,
+    "data": DataSpec, "cache": CacheSpec, "rationale": RationaleSpec, "hw": HwSpec, "paths": PathsSpec,
 }  # fmt: skip
 NESTED = {"source": SourceSpec, "wheel": WheelSpec, "hub": HubSpec, "rule": Rule}
 

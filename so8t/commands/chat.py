@@ -23,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of an answer (default 128)")
     parser.add_argument("--watch-every", type=positive, default=8, help="tokens between two looks at an answer (default 8)")
     parser.add_argument("--keep-text", action="store_true", help="requests and answers in the audit log, not their hashes")
+    parser.add_argument("--no-rationales", action="store_true", help="only the fixed sentence where nothing is answered")
     parser.add_argument("--state", type=Path, default=STATE, help="folder of queue and audit log (default %(default)s)")
 
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         watch_every=args.watch_every,
         keep_text=args.keep_text,
+        rationales=not args.no_rationales,
     )
     console = Console(soft_wrap=True)
     if sys.stdin.isatty():

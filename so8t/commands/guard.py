@@ -35,6 +35,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a file that holds the key to send it (or set {KEY}); without one, and without a token of the guard's own, "
         "it gets the client's",
     )
+    # what is refused in a flood would cost a second each, and a small base's prose stands beside a large one's
+    parser.add_argument("--rationales", action="store_true", help="the agent's own words where nothing is answered")
 
 
 def base_url(text: str) -> str:
@@ -62,4 +64,4 @@ def run(args: argparse.Namespace) -> None:
 
     from so8t.serving.worker import Limits
 
-    launch(args, token, (routes,), Limits(queue=args.max_queue, seconds=args.timeout))
+    launch(args, token, (routes,), Limits(queue=args.max_queue, seconds=args.timeout), rationales=args.rationales)

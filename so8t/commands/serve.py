@@ -58,6 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-answers", type=positive, default=4, help="answers on their way at a time (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of an answer (default %(default)s)")
+    parser.add_argument("--no-rationales", action="store_true", help="only the fixed sentence where nothing is answered")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -67,11 +68,17 @@ def run(args: argparse.Namespace) -> None:
     from so8t.serving.worker import Limits
 
     limits = Limits(args.max_batch, args.max_wait_ms / 1e3, args.max_queue, args.max_answers, args.timeout)
-    launch(args, token, ROUTES, limits, max_new_tokens=args.max_new_tokens)
+    launch(args, token, ROUTES, limits, max_new_tokens=args.max_new_tokens, rationales=not args.no_rationales)
 
 
 def launch(
-    args: argparse.Namespace, token: str | None, routes: Sequence[Routes], limits: Limits, *, max_new_tokens: int = 1
+    args: argparse.Namespace,
+    token: str | None,
+    routes: Sequence[Routes],
+    limits: Limits,
+    *,
+    max_new_tokens: int = 1,
+    rationales: bool,
 ) -> None:
     """Loads the run and serves it by these routes until it is told to stop.
 
@@ -99,6 +106,7 @@ def launch(
         max_new_tokens=max_new_tokens,
         watch_every=args.watch_every,
         keep_text=args.keep_text,
+        rationales=rationales,
     )
     service = make_service(safe, queue, limits)
     hosts = LOOPBACK if args.host in LOOPBACK else ()

@@ -82,6 +82,9 @@ class Guard:
         more = {"left_out": told - len(chat.prompt.earlier)} if told else {}
         watch = await self.run(partial(Watch, self.safe, chat.prompt, verdict, approved=False, begun=begun, **more))
         if watch.reply.finished:
+            replies = watch.explained()
+            while not (await self.run(partial(next, replies))).finished:
+                pass
             self.service.metrics.decided(verdict)
         return chat, watch
 
@@ -203,9 +206,14 @@ class Guard:
         writing.add_done_callback(self._writing.discard)
 
 
+def said_instead(reply: Reply) -> str:
+    """What is said instead of an answer, or of the rest of one."""
+    return spoken(reply.verdict, reply.escalation) if reply.stopped else reply.text
+
+
 def closed(model: str, reply: Reply, told: Decided) -> ChatCompletion:
-    """What is said instead of an answer."""
-    said = Answer(content=spoken(reply.verdict, reply.escalation))
+    """The whole answer where there is none."""
+    said = Answer(content=said_instead(reply))
     return ChatCompletion(
         model=model, choices=[Choice(message=said, finish_reason="content_filter")], usage=NO_TOKENS, so8t=told
     )

@@ -10,9 +10,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from so8t.agent import Watch, spoken
+from so8t.agent import Watch
 from so8t.serving.approvals import Approvals, completion
-from so8t.serving.guard import CHAT, NO_TOKENS, Guard, closed
+from so8t.serving.guard import CHAT, NO_TOKENS, Guard, closed, said_instead
 from so8t.serving.reading import Chat, read_chat
 from so8t.serving.watched import LeftAllow
 from so8t.serving.wire import DONE, EVENT_STREAM, ChatChunk, ChunkChoice, Decided, Delta, WireError, new_id, sse
@@ -107,7 +107,7 @@ async def _frames(guard: Guard, chat: Chat, watch: Watch, headers: list[tuple[st
 def _closing(chat: Chat, watch: Watch, head: dict, told: Decided) -> Iterator[bytes]:
     """The last events of a stream that is closed; what is said instead of an answer is a refusal where one had begun."""
     reply = watch.reply
-    said = spoken(reply.verdict, reply.escalation)
+    said = said_instead(reply)
     delta = Delta(refusal=said) if reply.stopped else Delta(role="assistant", content=said)
     yield sse(ChatChunk(**head, choices=[ChunkChoice(delta=delta)]))
     last = ChunkChoice(delta=Delta(), finish_reason="content_filter")
