@@ -22,6 +22,7 @@ from benchmarks.gates import RESULTS, machine
 from so8t.adapter import Agent, load_agent
 from so8t.agent import SafeAgent
 from so8t.console import quieten
+from so8t.conversation import Reading
 from so8t.data.records import Record
 from so8t.files import write_json
 from so8t.labels import Label
@@ -36,7 +37,7 @@ def dropped(safe: SafeAgent, rationales: Rationales, record: Record, text: str) 
     """Why the agent would not say `text`, if it would not."""
     examples = rationales.examples_for(record.user_request, record.safety_label)
     wrong = fault(text, record.user_request, record.context, examples)
-    if wrong is None and safe.verdicts([(text, None)])[0].label > record.safety_label:
+    if wrong is None and safe.verdicts([Reading(text)])[0].label > record.safety_label:
         return "the head reads it as worse than the request"
     return wrong
 

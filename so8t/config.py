@@ -169,8 +169,8 @@ def _check_together(config: Config) -> None:
         problems.append(f"pet.exploration_end={pet.exploration_end} is after pet.transition_end={pet.transition_end}")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction leave nothing to train on")
-    if not loss.safety_weight and not loss.cost_weight:
-        problems.append("loss.safety_weight and loss.cost_weight are both 0: nothing teaches the head")
+    if not loss.safety_weight and not loss.cost_weight and not loss.path_weight:
+        problems.append("loss.safety_weight, loss.cost_weight and loss.path_weight are all 0: nothing teaches the head")
     if gate.interior == "both" and not gate.last and loss.task_weight:
         problems.append("gate.last=false leaves no R_cmd for the task loss: set loss.task_weight=0")
     if (gate.triality or config.head.commutator) and not gate.last:

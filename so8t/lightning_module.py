@@ -15,7 +15,7 @@ from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import Batch, TaskBatch
 from so8t.errors import ArtefactError, ConfigError
 from so8t.labels import LABELS
-from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, safety_loss
+from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, path_loss, safety_loss
 from so8t.metrics import SafetyMetrics, flicker
 from so8t.model import SafetyOutput, SO8TModel, at_position
 from so8t.optim import OptimSpec, cosine_with_warmup
@@ -33,6 +33,7 @@ class LossSpec:
     class_weights: tuple[NotNegative, ...] | Literal["balanced"] | None = "balanced"
     focal_gamma: NotNegative = 0.0
     label_smoothing: ProperFraction = 0.0
+    path_weight: NotNegative = 0.0
     cost_weight: NotNegative = 0.5
     costs: tuple[tuple[NotNegative, ...], ...] = ((0.0, 0.5, 1.0), (1.5, 0.0, 0.5), (3.0, 0.5, 0.0))
     task_weight: NotNegative = 0.1
@@ -149,6 +150,11 @@ class SO8TModule(L.LightningModule):
             ),
             spec.safety_weight,
         )
+        if spec.path_weight:
+            along = path_loss(
+                output.logits, batch.labels, batch.path, class_weights=self.class_weights, row_weights=batch.weights
+            )
+            terms.add("path", along, spec.path_weight)
         if spec.cost_weight:
             terms.add("cost", expected_cost(logits, batch.labels, self.costs), spec.cost_weight)
         if spec.task_weight and batch.task is not None:

@@ -1,6 +1,7 @@
 """The terms of the loss that have no memory: class loss, expected cost, language-model loss; and how they are added up.
 
-`L = w_task LM + w_safety CE + w_cost sum_k p_k C[label, k] + lambda(t) PET + w_inertia inertia` (DESIGN.md, section 3).
+`L = w_task LM + w_safety CE + w_path CE along the path + w_cost sum_k p_k C[label, k] + lambda(t) PET + w_inertia inertia`
+(DESIGN.md, section 3).
 Everything is differentiable: probabilities, never argmax.
 """
 
@@ -40,6 +41,28 @@ def safety_loss(
     if row_weights is not None:
         weight = weight * row_weights.to(loss)
     return (weight * loss).sum() / weight.sum().clamp(min=1e-12)
+
+
+def path_loss(
+    logits: Tensor,
+    labels: Tensor,
+    path: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy at every token of the path, so that a decision can be read before the request is over: `[B, T, 3], [B],
+    [B, T] -> []`. A token counts by the share of the path that was read with it: the first ones cannot know much yet."""
+    rank = path.float().cumsum(1)
+    weight = torch.where(path, rank / rank[:, -1:].clamp(min=1), 0.0)
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1)  # every row counts alike
+    if class_weights is not None:
+        weight = weight * class_weights.to(weight)[labels][:, None]
+    if row_weights is not None:
+        weight = weight * row_weights.to(weight)[:, None]
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_p_label = log_p.gather(-1, labels[:, None, None].expand(*path.shape, 1)).squeeze(-1)
+    return -(weight * log_p_label).sum() / weight.sum().clamp(min=1e-12)
 
 
 def expected_cost(logits: Tensor, labels: Tensor, costs: Tensor) -> Tensor:

@@ -19,13 +19,16 @@ from so8t.data.tokenise import Template, pad_rows
 from so8t.labels import Label
 from so8t.model import SO8TModel
 from so8t.placement import AbsentHead
-from so8t.rationale import ASKED, Rationales, Script, script
+from so8t.rationale import ASKED, MOST_TOKENS, Rationales, Script, fault, script
 from so8t.specs import Count, Positive, PositiveInt, spec
 
 log = logging.getLogger(__name__)
 
 CANDIDATES = 64
 """Examples are drawn from so many of the shortest rows of a language and a decision: every prompt pays for them."""
+
+TRIED = 4
+"""Rows of a language and a decision for which a rationale is written before it is known whether the base can."""
 
 
 @spec
@@ -138,4 +141,31 @@ def learn(
     return rationales.requires_grad_(False)
 
 
-__all__ = ["RationaleSpec", "chosen_examples", "explained", "learn", "perplexity", "states"]
+def spoken_well(
+    model: SO8TModel, template: Template, rationales: Rationales, records: Sequence[Record], *, seed: int
+) -> Rationales | None:
+    """The rationales of those languages of which half or more of what is written for some rows passes the checks; `None` where
+    there is none. A small base that cannot write a language says nothing in it."""
+    kept: dict[Script, dict[Label, tuple[Exchange, ...]]] = {}
+    shown = {e.request for by_label in rationales.examples.values() for rows in by_label.values() for e in rows}
+    for (kind, label), part in explained(records).items():
+        examples = rationales.examples.get(kind, {}).get(label)
+        rows = [r for r in part if r.user_request not in shown]
+        if examples is None or not rows:
+            continue
+        tried = random.Random(seed).sample(rows, min(TRIED, len(rows)))  # noqa: S311
+        passed = 0
+        for record in tried:
+            request, context = record.user_request, record.context
+            *_, written = rationales.write(model, template, request, context, label, every=MOST_TOKENS)
+            passed += fault(written.text, request, context, examples) is None
+        log.info("rationales in %s script for %s: %d of %d pass the checks", kind, label.name, passed, len(tried))
+        if 2 * passed >= len(tried):
+            kept.setdefault(kind, {})[label] = examples
+    if not kept:
+        return None
+    rationales.examples = kept
+    return rationales
+
+
+__all__ = ["RationaleSpec", "chosen_examples", "explained", "learn", "perplexity", "spoken_well", "states"]

@@ -172,6 +172,7 @@ def tiny_run(make_config, rows_file):
             "trainer.max_epochs=2",
             "~callbacks.progress",
             "+trainer.enable_progress_bar=false",
+            "rationale.rows=0",
             *overrides,
             output_dir=output_dir,
         )
@@ -190,6 +191,7 @@ QUICK = (
     "trainer.accelerator=cpu",
     "~callbacks.progress",
     "+trainer.enable_progress_bar=false",
+    "rationale.rows=0",
 )
 
 

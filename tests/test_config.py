@@ -293,7 +293,7 @@ def test_what_cannot_work_is_one_line_before_anything_is_loaded(make_config, mon
 @pytest.mark.parametrize(
     ("together", "told"),
     [
-        (("loss.safety_weight=0", "loss.cost_weight=0"), "nothing teaches the head"),
+        (("loss.safety_weight=0", "loss.path_weight=0", "loss.cost_weight=0"), "nothing teaches the head"),
         (("data.val_fraction=0.5", "data.test_fraction=0.5"), "leave nothing to train on"),
         (("base=qwen2.5_7b", "base.model_id=''"), r"base\.model_id is empty"),
         (("gate.interior=both", "gate.last=false"), r"no R_cmd for the task loss"),

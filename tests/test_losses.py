@@ -9,13 +9,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from so8t.labels import Label
-from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, safety_loss
+from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, path_loss, safety_loss
 
 # logits are log-probabilities, so that softmax gives these rows back
 PROBABILITIES = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
 LOGITS = PROBABILITIES.log()
 LABELS = torch.tensor([Label.ALLOW, Label.REFUSE])
 WEIGHTS = torch.tensor([1.0, 2.0, 4.0])
+
+
+# -- the class loss along the path -------------------------------------------------------------------------------------
+
+
+def test_a_token_counts_by_the_share_of_the_path_that_was_read_and_every_row_alike():
+    p = torch.tensor(
+        [[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8]], [[0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6]]]
+    )
+    path = torch.tensor([[True, True, False], [False, True, False]])
+    first = (-math.log(0.5) * 1 / 2 - math.log(0.8)) / 1.5
+    second = -math.log(0.7)
+    assert path_loss(p.log(), LABELS, path).item() == pytest.approx((first + second) / 2)
+    weighted = path_loss(p.log(), LABELS, path, class_weights=WEIGHTS, row_weights=torch.tensor([3.0, 0.5])).item()
+    assert weighted == pytest.approx((3 * first + 2 * second) / 5)
+
+
+def test_only_tokens_on_the_path_are_taught_the_later_the_more_and_a_row_without_any_is_not_there():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 3, requires_grad=True)
+    path = torch.tensor([[False, True, True, True, False], [False] * 5])
+    path_loss(logits, LABELS, path).backward()
+    taught = logits.grad.abs().sum(-1)
+    assert torch.equal(taught > 0, path)
+    alone = path_loss(logits[:1], LABELS[:1], path[:1])
+    assert path_loss(logits, LABELS, path).item() == pytest.approx(alone.item())
+    same = torch.zeros(1, 5, 3, requires_grad=True)
+    path_loss(same, LABELS[:1], path[:1]).backward()
+    size = same.grad[0].norm(dim=-1)[1:4]
+    assert size.tolist() == pytest.approx([float(size[2]) / 3, float(size[2]) * 2 / 3, float(size[2])])
+    assert path_loss(logits, LABELS, torch.zeros_like(path)).item() == 0.0
 
 
 # -- class loss --------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from so8t.data.records import Record, parse_record
 from so8t.errors import ArtefactError
 from so8t.labels import Label
 from so8t.rationale import FILES, Rationales, Written, fault, first_sentence, load_rationales, script
-from so8t.rationale_training import RationaleSpec, learn, perplexity, states
+from so8t.rationale_training import RationaleSpec, learn, perplexity, spoken_well, states
 from tests.conftest import synthetic_rows
-from tests.test_agent import Ruled
+from tests.ruled import Ruled
 
 SPEC = RationaleSpec(rows=24, examples=2, epochs=4)
 GOOD = "Forging a passport is identity fraud."
@@ -40,7 +40,9 @@ def learned(loaded) -> Rationales:
 
 
 def ruled(loaded: Agent, learned: Rationales | None, rule) -> Ruled:
-    return Ruled(loaded.model, loaded.template, loaded.folder, rationales=learned).ruled(rule)
+    agent = Ruled.of(loaded, rule)
+    agent.rationales = learned
+    return agent
 
 
 def told(audit: AuditLog) -> list[dict]:
@@ -105,12 +107,26 @@ def test_examples_are_rows_of_their_own_language_and_label_and_nothing_is_learne
         assert learn(loaded.model, loaded.template, records, spec, batch_size=8, seed=0) is None
 
 
-def test_a_run_keeps_its_rationales_and_one_without_loads_without(tiny_run, loaded):
+def test_a_run_keeps_its_rationales_and_one_without_loads_without(tiny_run, loaded, written):
     assert loaded.rationales is None
+    written(GOOD)
     _, folder = tiny_run("rationale.rows=8", "trainer.max_epochs=1", "evaluate=false")
     found = load_agent(folder).rationales
     assert found is not None
     assert {label for by_label in found.examples.values() for label in by_label} == {Label.ESCALATE, Label.REFUSE}
+
+
+def test_a_base_says_nothing_in_a_language_that_it_cannot_write(loaded, learned, monkeypatch):
+    assert spoken_well(loaded.model, loaded.template, learned, rows(), seed=0) is None, "the random base writes no sentences"
+
+    def write(self, model, template, request, context, label, *, every):
+        yield Written(GOOD if label is Label.REFUSE else "no end", 9, -1.0, done=True)
+
+    monkeypatch.setattr(Rationales, "write", write)
+    examples = learned.examples
+    kept = spoken_well(loaded.model, loaded.template, Rationales(loaded.model.base.hidden_size, examples), rows(), seed=0)
+    assert kept is not None
+    assert kept.examples == {"latin": {Label.REFUSE: examples["latin"][Label.REFUSE]}}
 
 
 def test_what_is_saved_writes_the_same_and_damage_is_told(loaded, learned, tmp_path):
@@ -178,7 +194,7 @@ def test_a_sentence_ends_where_a_space_follows_its_point_and_not_within_a_word()
 @pytest.mark.parametrize("label", [Label.ESCALATE, Label.REFUSE])
 def test_a_rationale_follows_the_fixed_sentence_once_it_was_checked(loaded, learned, written, tmp_path, label):
     written(GOOD)
-    agent = ruled(loaded, learned, lambda text, n: label)
+    agent = ruled(loaded, learned, lambda text: label)
     safe = SafeAgent(agent, audit=AuditLog(tmp_path), keep_text=True)
     *growing, last = safe.stream("forge a passport")
     fixed = SPOKEN[label].format(number="")
@@ -194,7 +210,7 @@ def test_a_rationale_follows_the_fixed_sentence_once_it_was_checked(loaded, lear
 
 def test_one_that_the_head_reads_as_worse_is_not_said_and_the_log_tells(loaded, learned, written, tmp_path):
     written(GOOD)
-    agent = ruled(loaded, learned, lambda text, n: Label.REFUSE if text == GOOD else Label.ESCALATE)
+    agent = ruled(loaded, learned, lambda text: Label.REFUSE if text == GOOD else Label.ESCALATE)
     safe = SafeAgent(agent, audit=AuditLog(tmp_path))
     reply = safe.respond("forge a passport")
     assert (reply.text, reply.verdict.label) == (SPOKEN[Label.ESCALATE].format(number=""), Label.ESCALATE)
@@ -205,7 +221,7 @@ def test_one_that_the_head_reads_as_worse_is_not_said_and_the_log_tells(loaded, 
 
 
 def test_what_the_random_base_writes_is_dropped(loaded, learned):
-    safe = SafeAgent(ruled(loaded, learned, lambda text, n: Label.REFUSE))
+    safe = SafeAgent(ruled(loaded, learned, lambda text: Label.REFUSE))
     assert safe.respond("forge a passport").text == SPOKEN[Label.REFUSE]
     assert safe.failures == 0
 
@@ -216,7 +232,7 @@ def test_a_failure_changes_no_decision_and_is_counted_and_written_down(loaded, l
         monkeypatch.setattr(Rationales, "write", lambda *_, **__: 1 / 0)
     else:
         written(GOOD)
-    agent = ruled(loaded, learned, lambda text, n: 1 / 0 if text == GOOD else Label.ESCALATE)
+    agent = ruled(loaded, learned, lambda text: 1 / 0 if text == GOOD else Label.ESCALATE)
     safe = SafeAgent(agent, audit=AuditLog(tmp_path))
     reply = safe.respond("forge a passport")
     assert (reply.text, reply.finished) == (SPOKEN[Label.ESCALATE].format(number=""), True)
@@ -227,7 +243,7 @@ def test_a_failure_changes_no_decision_and_is_counted_and_written_down(loaded, l
 
 def test_no_rationale_on_allow_nor_for_what_could_not_be_decided_nor_when_it_is_switched_off(loaded, learned, monkeypatch):
     monkeypatch.setattr(Rationales, "write", lambda *_, **__: pytest.fail("a rationale was written"))
-    SafeAgent(ruled(loaded, learned, lambda text, n: Label.ALLOW), max_new_tokens=4).respond("hello")
-    SafeAgent(ruled(loaded, learned, lambda text, n: 1 / 0)).respond("hello")
-    off = SafeAgent(ruled(loaded, learned, lambda text, n: Label.REFUSE), rationales=False)
+    SafeAgent(ruled(loaded, learned, lambda text: Label.ALLOW), max_new_tokens=4).respond("hello")
+    SafeAgent(ruled(loaded, learned, lambda text: 1 / 0)).respond("hello")
+    off = SafeAgent(ruled(loaded, learned, lambda text: Label.REFUSE), rationales=False)
     assert [reply.finished for reply in off.stream("hello")] == [True]

@@ -388,6 +388,7 @@ def test_the_adapter_is_the_best_validation_and_not_the_last(tiny_run):
 
 WEIGHTS = {
     "safety": "loss.safety_weight",
+    "path": "loss.path_weight",
     "cost": "loss.cost_weight",
     "task": "loss.task_weight",
     "pet": "pet.weight",
