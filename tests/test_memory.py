@@ -113,8 +113,9 @@ def test_two_layers_below_the_cut_stand_for_all_of_them(monkeypatch, reads):
     short = plan(settings)
     monkeypatch.setattr(memory, "_shortened", lambda config, shape: (config, shape, 0))
     whole = plan(settings)
-    assert short.peak_gib == whole.peak_gib
-    for phase, parts in whole.phases.items():  # what dies a moment earlier or later may differ by a row of the mask
+    # what dies a moment earlier or later may differ by a row of the mask
+    assert short.peak_gib == pytest.approx(whole.peak_gib, rel=0.002)
+    for phase, parts in whole.phases.items():
         assert short.phases[phase] == pytest.approx(parts, rel=0.002)
 
 

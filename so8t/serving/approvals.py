@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
-from so8t.agent import Reply, Verdict
+from so8t.agent import Reply, Verdict, spoken
 from so8t.escalations import EscalationQueue, Held
 from so8t.labels import Label
 from so8t.serving.guard import Guard, closed
@@ -82,5 +82,5 @@ def completion(queue: EscalationQueue, ticket: str) -> tuple[int, str]:
         return 502 if "error" in json.loads(held.reply) else 200, held.reply
     found = queue.get(held.number)
     verdict = Verdict(Label.REFUSE if found.state == "denied" else Label.ESCALATE, found.probabilities)
-    reply = Reply("", verdict, finished=True, escalation=held.number)
+    reply = Reply(spoken(verdict, held.number), verdict, finished=True, escalation=held.number)
     return 200, closed(json.loads(held.body)["model"], reply, decided(verdict, reply, ticket)).model_dump_json()
