@@ -19,7 +19,7 @@ from so8t.data.tokenise import Template, pad_rows
 from so8t.labels import Label
 from so8t.model import SO8TModel
 from so8t.placement import AbsentHead
-from so8t.rationale import ASKED, MOST_TOKENS, Rationales, Script, fault, script
+from so8t.rationale import ASKED, MOST_TOKENS, Examples, Rationales, Script, fault, script
 from so8t.specs import Count, Positive, PositiveInt, spec
 
 log = logging.getLogger(__name__)
@@ -27,15 +27,14 @@ log = logging.getLogger(__name__)
 CANDIDATES = 64
 """Examples are drawn from so many of the shortest rows of a language and a decision: every prompt pays for them."""
 
-TRIED = 4
-"""Rows of a language and a decision for which a rationale is written before it is known whether the base can."""
-
 
 @spec
 class RationaleSpec:
-    """What `conf/rationale` says; `rows=0` leaves rationales out. `examples` a language and a decision."""
+    """What `conf/rationale` says; `rows=0` leaves rationales out. `examples` a language and a decision. Before anything is learned
+    a rationale is written for up to `tried` rows of each (`spoken_well`); 0 takes every language."""
 
     rows: Count = 0
+    tried: Count = 0
     examples: PositiveInt = 4
     epochs: PositiveInt = 2
     lr: Positive = 0.03
@@ -112,14 +111,48 @@ def perplexity(model: SO8TModel, rationales: Rationales | None, batches: Sequenc
     return float(torch.tensor(total / sum(len(targets) for _, targets in batches)).exp())
 
 
+def spoken_well(
+    model: SO8TModel, template: Template, rationales: Rationales, records: Sequence[Record], tried: int, *, seed: int
+) -> Examples:
+    """The examples of those languages and decisions for which half or more of up to `tried` rationales pass the checks: a small
+    base that cannot write a language says nothing in it. Stops as soon as it is known."""
+    kept: dict[Script, dict[Label, tuple[Exchange, ...]]] = {}
+    shown = {e.request for by_label in rationales.examples.values() for rows in by_label.values() for e in rows}
+    for (kind, label), part in explained(records).items():
+        examples = rationales.examples.get(kind, {}).get(label)
+        rows = [r for r in part if r.user_request not in shown]
+        if examples is None or not rows:
+            continue
+        rows = random.Random(seed).sample(rows, min(tried, len(rows)))  # noqa: S311
+        passed = failed = 0
+        for record in rows:
+            request, context = record.user_request, record.context
+            *_, written = rationales.write(model, template, request, context, label, every=MOST_TOKENS)
+            good = fault(written.text, request, context, examples) is None
+            passed, failed = passed + good, failed + (not good)
+            if 2 * max(passed, failed) > len(rows):
+                break
+        log.info("rationales in %s script for %s: %d pass the checks, %d do not", kind, label.name, passed, failed)
+        if passed >= failed:
+            kept.setdefault(kind, {})[label] = examples
+    return kept
+
+
 def learn(
     model: SO8TModel, template: Template, records: Sequence[Record], spec: RationaleSpec, *, batch_size: int, seed: int
 ) -> Rationales | None:
     """Chooses examples among training rows and trains the rotation on others; `None` where there is nothing to learn from, or
     nothing to speak with. The random numbers of the run stay as they were."""
+    if not spec.rows or isinstance(model.base.causal_lm.lm_head, AbsentHead):
+        return None
     by_kind = explained(records)
-    examples = chosen_examples(by_kind, template, spec.examples)
-    if not spec.rows or not examples or isinstance(model.base.causal_lm.lm_head, AbsentHead):
+    examples: Examples = chosen_examples(by_kind, template, spec.examples)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rationales = Rationales(model.base.hidden_size, examples).to(model.base.device)
+        if spec.tried:
+            rationales.examples = examples = spoken_well(model, template, rationales, records, spec.tried, seed=seed)
+    if not examples:
         return None
     shown = {example.request for by_label in examples.values() for rows in by_label.values() for example in rows}
     rows = [r for (kind, label), part in by_kind.items() if label in examples.get(kind, {}) for r in part]
@@ -127,7 +160,6 @@ def learn(
     rows = random.Random(seed).sample(rows, min(spec.rows, len(rows)))  # noqa: S311
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rationales = Rationales(model.base.hidden_size, examples).to(model.base.device)
         batches = states(model, template, rationales, rows, batch_size=batch_size)
         optimizer = torch.optim.AdamW(rationales.parameters(), lr=spec.lr, weight_decay=0.0)
         steps = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, spec.epochs * len(batches))
@@ -139,33 +171,6 @@ def learn(
                 steps.step()
     log.info("rationales learned from %d rows", len(rows))
     return rationales.requires_grad_(False)
-
-
-def spoken_well(
-    model: SO8TModel, template: Template, rationales: Rationales, records: Sequence[Record], *, seed: int
-) -> Rationales | None:
-    """The rationales of those languages of which half or more of what is written for some rows passes the checks; `None` where
-    there is none. A small base that cannot write a language says nothing in it."""
-    kept: dict[Script, dict[Label, tuple[Exchange, ...]]] = {}
-    shown = {e.request for by_label in rationales.examples.values() for rows in by_label.values() for e in rows}
-    for (kind, label), part in explained(records).items():
-        examples = rationales.examples.get(kind, {}).get(label)
-        rows = [r for r in part if r.user_request not in shown]
-        if examples is None or not rows:
-            continue
-        tried = random.Random(seed).sample(rows, min(TRIED, len(rows)))  # noqa: S311
-        passed = 0
-        for record in tried:
-            request, context = record.user_request, record.context
-            *_, written = rationales.write(model, template, request, context, label, every=MOST_TOKENS)
-            passed += fault(written.text, request, context, examples) is None
-        log.info("rationales in %s script for %s: %d of %d pass the checks", kind, label.name, passed, len(tried))
-        if 2 * passed >= len(tried):
-            kept.setdefault(kind, {})[label] = examples
-    if not kept:
-        return None
-    rationales.examples = kept
-    return rationales
 
 
 __all__ = ["RationaleSpec", "chosen_examples", "explained", "learn", "perplexity", "spoken_well", "states"]

@@ -40,7 +40,7 @@ from so8t.memory import GIB, plan
 from so8t.model import SO8TModel
 from so8t.plan_view import advice, subject, verdict
 from so8t.plots import plot_confusion, plot_group, plot_losses, read_metrics
-from so8t.rationale_training import learn, spoken_well
+from so8t.rationale_training import learn
 from so8t.remedies import remedies
 from so8t.report import panels
 from so8t.run_folder import read_run
@@ -94,8 +94,6 @@ def train(composed: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         size = config.data.batch_size
         rationales = learn(module.model, data.template, data.train, config.rationale, batch_size=size, seed=config.seed)
-        if rationales is not None:
-            rationales = spoken_well(module.model, data.template, rationales, data.train, seed=config.seed)
         save_adapter(run / "adapter", module.model, data.template, rationales, system_prompt=config.data.system_prompt)
         if config.evaluate:
             metrics |= evaluate_run(module, data, run, console, loggers, batch_size=config.data.eval_batch_size)

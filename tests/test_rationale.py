@@ -1,6 +1,7 @@
 """Rationales: learned without touching a decision, written by the model, checked before they are said, never in the way."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from so8t.data.records import Record, parse_record
 from so8t.errors import ArtefactError
 from so8t.labels import Label
 from so8t.rationale import FILES, Rationales, Written, fault, first_sentence, load_rationales, script
-from so8t.rationale_training import RationaleSpec, learn, perplexity, spoken_well, states
+from so8t.rationale_training import RationaleSpec, learn, perplexity, states
 from tests.conftest import synthetic_rows
 from tests.ruled import Ruled
 
@@ -117,16 +118,18 @@ def test_a_run_keeps_its_rationales_and_one_without_loads_without(tiny_run, load
 
 
 def test_a_base_says_nothing_in_a_language_that_it_cannot_write(loaded, learned, monkeypatch):
-    assert spoken_well(loaded.model, loaded.template, learned, rows(), seed=0) is None, "the random base writes no sentences"
+    tried = replace(SPEC, tried=3)
+    assert learn(loaded.model, loaded.template, rows(), tried, batch_size=8, seed=0) is None, (
+        "random weights write no sentences"
+    )
 
     def write(self, model, template, request, context, label, *, every):
         yield Written(GOOD if label is Label.REFUSE else "no end", 9, -1.0, done=True)
 
     monkeypatch.setattr(Rationales, "write", write)
-    examples = learned.examples
-    kept = spoken_well(loaded.model, loaded.template, Rationales(loaded.model.base.hidden_size, examples), rows(), seed=0)
+    kept = learn(loaded.model, loaded.template, rows(), tried, batch_size=8, seed=0)
     assert kept is not None
-    assert kept.examples == {"latin": {Label.REFUSE: examples["latin"][Label.REFUSE]}}
+    assert kept.examples == {"latin": {Label.REFUSE: learned.examples["latin"][Label.REFUSE]}}
 
 
 def test_what_is_saved_writes_the_same_and_damage_is_told(loaded, learned, tmp_path):
