@@ -30,8 +30,8 @@ CANDIDATES = 64
 
 @spec
 class RationaleSpec:
-    """What `conf/rationale` says; `rows=0` leaves rationales out. `examples` a language and a decision. Before anything is learned
-    a rationale is written for up to `tried` rows of each (`spoken_well`); 0 takes every language."""
+    """What `conf/rationale` says; `rows=0` leaves rationales out. `examples` a language and a decision. Before anything is
+    learned a rationale is written for up to `tried` rows of each (`spoken_well`); 0 takes every language."""
 
     rows: Count = 0
     tried: Count = 0

@@ -243,10 +243,12 @@ def test_chat_keeps_the_conversation_until_a_new_one_begins(always, tmp_path, mo
 
 
 def test_chat_answers_every_line_and_leaves_a_whole_log(always, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")  # nothing of a line is cut off where it is long
     lines = iter(["hello", "and again", ""])
     monkeypatch.setattr("rich.console.Console.input", lambda self, prompt="": next(lines))
     main(["chat", str(always("ESCALATE")), "--state", str(tmp_path / "state")])
-    assert capsys.readouterr().out.count("This is for a person to decide") == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert [f"I have not answered it (escalation {k})." in said for k in (1, 2)] == [True, True]
     assert verify(tmp_path / "state" / "audit").lines == 2
     assert len(EscalationQueue(tmp_path / "state" / "escalations.sqlite").listed()) == 2
 

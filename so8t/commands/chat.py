@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
             continue
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
             for reply in agent.stream(request, args.context, earlier):
-                shown = Text(f"{reply.verdict.label.name}  ", style=f"bold {COLOURS[reply.verdict.label]}")
+                # wrapped whatever the console does: the live view would cut long lines off
+                shown = Text(no_wrap=False, overflow="fold")
+                shown.append(f"{reply.verdict.label.name}  ", style=f"bold {COLOURS[reply.verdict.label]}")
                 shown.append("  ".join(f"{k} {v:.2f}" for k, v in reply.verdict.probabilities.items()), style="dim")
                 if reply.verdict.unread:
                     shown.append(f"  {TOO_LONG}", style="dim")
