@@ -255,8 +255,7 @@ class SafeAgent:
         sequence = torch.tensor([self.agent.template.encode_conversation(prompt)], device=model.base.device)
         read, fresh, cache = sequence.shape[1], sequence, DynamicCache()
         penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(REPETITION_PENALTY)])
-        ends = causal_lm.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        ends = model.base.end_tokens
         end: Literal["stop", "length"] | None = None
         while end is None:
             with model.without_gates():

@@ -406,6 +406,12 @@ class SplitBase(nn.Module):
         return self.decoder.norm.weight.device  # the embedding may stay on the host
 
     @property
+    def end_tokens(self) -> set[int]:
+        """Any of these ends what the base says."""
+        ends = self.causal_lm.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+    @property
     def tied(self) -> bool:
         """Whether the lm_head is the embedding's own tensor."""
         return self.causal_lm.lm_head.weight is self.decoder.embed_tokens.weight

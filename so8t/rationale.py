@@ -125,8 +125,7 @@ class Rationales(nn.Module):
     ) -> Iterator[Written]:
         """One sentence, greedily, `every` few tokens at a time."""
         base, tokenizer = model.base, template.tokenizer
-        ends = base.causal_lm.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        ends = base.end_tokens
         fresh = torch.tensor([self.prompt(template, request, context, label)], device=base.device)
         matrix, cache = self.rotation.matrix(), DynamicCache()
         tokens: list[int] = []

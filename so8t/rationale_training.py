@@ -24,6 +24,9 @@ from so8t.specs import Count, Positive, PositiveInt, spec
 
 log = logging.getLogger(__name__)
 
+ByKind = dict[tuple[Script, Label], list[Record]]
+"""Rows by language and label."""
+
 CANDIDATES = 64
 """Examples are drawn from so many of the shortest rows of a language and a decision: every prompt pays for them."""
 
@@ -40,9 +43,9 @@ class RationaleSpec:
     lr: Positive = 0.03
 
 
-def explained(records: Sequence[Record]) -> dict[tuple[Script, Label], list[Record]]:
+def explained(records: Sequence[Record]) -> ByKind:
     """Rows that are not ALLOW and whose rationale is in the request's language, by language and label."""
-    found: dict[tuple[Script, Label], list[Record]] = {}
+    found: ByKind = {}
     for record in records:
         kind = script(record.user_request)
         if record.safety_label not in ASKED or kind is None or not record.safety_rationale:
@@ -52,9 +55,7 @@ def explained(records: Sequence[Record]) -> dict[tuple[Script, Label], list[Reco
     return found
 
 
-def chosen_examples(
-    by_kind: dict[tuple[Script, Label], list[Record]], template: Template, count: int
-) -> dict[Script, dict[Label, tuple[Exchange, ...]]]:
+def chosen_examples(by_kind: ByKind, template: Template, count: int) -> dict[Script, dict[Label, tuple[Exchange, ...]]]:
     """A few short rows for every language and decision, without a context; none where there are not twice as many rows."""
     chosen: dict[Script, dict[Label, tuple[Exchange, ...]]] = {}
     for (kind, label), records in by_kind.items():
@@ -111,19 +112,31 @@ def perplexity(model: SO8TModel, rationales: Rationales | None, batches: Sequenc
     return float(torch.tensor(total / sum(len(targets) for _, targets in batches)).exp())
 
 
+def not_shown(by_kind: ByKind, examples: Examples) -> ByKind:
+    """The rows of languages and decisions that have examples, but for the examples."""
+    shown = {example.request for by_label in examples.values() for pairs in by_label.values() for example in pairs}
+    return {
+        (kind, label): [r for r in records if r.user_request not in shown]
+        for (kind, label), records in by_kind.items()
+        if label in examples.get(kind, {})
+    }
+
+
 def spoken_well(
-    model: SO8TModel, template: Template, rationales: Rationales, records: Sequence[Record], tried: int, *, seed: int
+    model: SO8TModel,
+    template: Template,
+    rationales: Rationales,
+    by_kind: ByKind,
+    tried: int,
+    *,
+    seed: int,
 ) -> Examples:
     """The examples of those languages and decisions for which half or more of up to `tried` rationales pass the checks: a small
     base that cannot write a language says nothing in it. Stops as soon as it is known."""
     kept: dict[Script, dict[Label, tuple[Exchange, ...]]] = {}
-    shown = {e.request for by_label in rationales.examples.values() for rows in by_label.values() for e in rows}
-    for (kind, label), part in explained(records).items():
-        examples = rationales.examples.get(kind, {}).get(label)
-        rows = [r for r in part if r.user_request not in shown]
-        if examples is None or not rows:
-            continue
-        rows = random.Random(seed).sample(rows, min(tried, len(rows)))  # noqa: S311
+    for (kind, label), others in not_shown(by_kind, rationales.examples).items():
+        examples = rationales.examples[kind][label]
+        rows = random.Random(seed).sample(others, min(tried, len(others)))  # noqa: S311
         passed = failed = 0
         for record in rows:
             request, context = record.user_request, record.context
@@ -146,20 +159,15 @@ def learn(
     if not spec.rows or isinstance(model.base.causal_lm.lm_head, AbsentHead):
         return None
     by_kind = explained(records)
-    examples: Examples = chosen_examples(by_kind, template, spec.examples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rationales = Rationales(model.base.hidden_size, examples).to(model.base.device)
+        rationales = Rationales(model.base.hidden_size, chosen_examples(by_kind, template, spec.examples)).to(model.base.device)
         if spec.tried:
-            rationales.examples = examples = spoken_well(model, template, rationales, records, spec.tried, seed=seed)
-    if not examples:
-        return None
-    shown = {example.request for by_label in examples.values() for rows in by_label.values() for example in rows}
-    rows = [r for (kind, label), part in by_kind.items() if label in examples.get(kind, {}) for r in part]
-    rows = [r for r in rows if r.user_request not in shown]
-    rows = random.Random(seed).sample(rows, min(spec.rows, len(rows)))  # noqa: S311
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+            rationales.examples = spoken_well(model, template, rationales, by_kind, spec.tried, seed=seed)
+        if not rationales.examples:
+            return None
+        rows = [record for part in not_shown(by_kind, rationales.examples).values() for record in part]
+        rows = random.Random(seed).sample(rows, min(spec.rows, len(rows)))  # noqa: S311
         batches = states(model, template, rationales, rows, batch_size=batch_size)
         optimizer = torch.optim.AdamW(rationales.parameters(), lr=spec.lr, weight_decay=0.0)
         steps = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, spec.epochs * len(batches))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from so8t.commands.types import inside_unit, positive
+from so8t.commands.types import inside_unit, row_arguments, tell_left_out
 from so8t.labels import LABELS, Label
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--refuse-delta", type=inside_unit, default=0.05, help="the same for --refuse-alpha (default 0.05)")
     parser.add_argument("--json", action="store_true", help="the policy as JSON on standard output")
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
-    parser.add_argument("--batch-size", type=positive, default=32)
+    row_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if args.data is not None:
         records, report = read_jsonl(args.data, on_bad_row=args.on_bad_row)
         rows_from = args.data.name
-        for line in report.skipped:
-            console.print(f"left out: {escape(line)}")
+        tell_left_out(report, console)
     else:
         records, rows_from = data_of(folder.parent).val, "validation split"
         console.print(

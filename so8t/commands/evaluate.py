@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
-from so8t.commands.types import positive
+from so8t.commands.types import row_arguments, tell_left_out, uncalibrated_argument
 from so8t.errors import SO8TError
 
 HELP = "decide every row of a JSONL file and print the metrics"
@@ -22,14 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--data", type=Path, required=True, help="JSONL file of records (user_request, safety_label)")
     parser.add_argument("--out", type=Path, help="write one prediction a row, in the file's order (JSONL)")
-    parser.add_argument(
-        "--uncalibrated",
-        action="store_true",
-        help="decide by the most probable label, without the policy of so8t calibrate",
-    )
+    uncalibrated_argument(parser)
     parser.add_argument("--json", action="store_true", help="metrics as JSON on standard output")
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
-    parser.add_argument("--batch-size", type=positive, default=32)
+    row_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({**result.as_json(), "policy": policy, "bad_rows": report.skipped}, ensure_ascii=False))
         return
     console = Console()
-    for line in report.skipped:
-        console.print(f"left out: {escape(line)}")
+    tell_left_out(report, console)
     if cut := sum(not agent.template.reads_whole(r.user_request, r.context) for r in records):
         console.print(f"{cut} rows have no room for their middle, which is not read here; `so8t ask` reads it in windows")
     if agent.policy is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from so8t.commands.types import positive
+from so8t.commands.types import positive, row_arguments, tell_left_out, uncalibrated_argument
 from so8t.errors import FetchError, SO8TError
 
 if TYPE_CHECKING:
@@ -29,14 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="JSONL file of records never trained on; by default the run's test split")
     parser.add_argument("--rows", type=positive, help="so many rows of each set, always the same ones (default: all)")
     parser.add_argument("--out", type=Path, help="folder for robustness.json and robustness.png (default: the run's)")
-    parser.add_argument(
-        "--uncalibrated",
-        action="store_true",
-        help="decide by the most probable label, without the policy of so8t calibrate",
-    )
+    uncalibrated_argument(parser)
     parser.add_argument("--json", action="store_true", help="the figures as JSON on standard output")
-    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
-    parser.add_argument("--batch-size", type=positive, default=32)
+    row_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
         records, train = data.test, data.train
     else:
         records, report = read_jsonl(args.data, on_bad_row=args.on_bad_row)
-        for line in report.skipped:
-            console.print(f"left out: {escape(line)}")
+        tell_left_out(report, console)
         train = data_of(folder.parent).train if (folder.parent / "config.yaml").is_file() else []
     records = _some(records, args.rows)
     if not train:

@@ -3,6 +3,10 @@
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
+
+from so8t.data.records import ReadReport
 from so8t.labels import Label
 
 STATE = Path("outputs/agent")
@@ -15,6 +19,27 @@ COLOURS = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}
 
 TOO_LONG = "too long to be read whole, and so not allowed"
 """What is told beside the decision on such a text."""
+
+
+def row_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a file of records is read and decided."""
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
+    parser.add_argument("--batch-size", type=positive, default=32)
+
+
+def uncalibrated_argument(parser: argparse.ArgumentParser) -> None:
+    """Leaves out the policy."""
+    parser.add_argument(
+        "--uncalibrated",
+        action="store_true",
+        help="decide by the most probable label, without the policy of so8t calibrate",
+    )
+
+
+def tell_left_out(report: ReadReport, console: Console) -> None:
+    """A line a bad row."""
+    for line in report.skipped:
+        console.print(f"left out: {escape(line)}")
 
 
 def positive(text: str) -> int:
