@@ -20,7 +20,7 @@ from so8t.curves import auprc_not_allow, risk_coverage
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import LengthSampler, RecordDataset
 from so8t.data.records import Record
-from so8t.data.store import row_key
+from so8t.data.store import PrefixStore, row_key
 from so8t.data.tokenise import Template
 from so8t.files import write_text
 from so8t.intervals import ENOUGH, Interval, decision_intervals, number
@@ -180,20 +180,41 @@ def predict(
 
 @torch.no_grad()
 def frozen_features(
-    model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str = ""
+    model: SO8TModel,
+    records: Sequence[Record],
+    template: Template,
+    *,
+    batch_size: int,
+    cache: PrefixCache,
+    store: PrefixStore | None = None,
+    title: str = "",
 ) -> Floats:
-    """States of the frozen base, gates off, after its final norm at the decision position: `[N, D]`."""
+    """States of the frozen base, gates off, after its final norm at the decision position: `[N, D]`. What `store` holds of them
+    (`PrefixStore.of_last_states`) is not computed again."""
     dataset = RecordDataset(records, template)
-    sampler = LengthSampler([dataset.length(i) for i in range(len(dataset))], batch_size, seed=0, shuffle=False)
     features = np.zeros((len(records), model.base.hidden_size))
+    keys = [row_key(torch.tensor(encoded.tokens)) for encoded in dataset.encoded]
+    if store is not None:
+        store.refresh()  # other runs write, too
+    todo = [i for i in range(len(records)) if store is None or keys[i] not in store]
+    sampler = LengthSampler([dataset.length(i) for i in todo], batch_size, seed=0, shuffle=False)
     with model.without_gates():
-        for rows in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
+        for picked in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
+            rows = [todo[k] for k in picked]
             batch = dataset[rows]
             tokens, mask = batch.tokens.to(model.base.device), batch.mask.to(model.base.device)
             at_cut = cache.prefix(tokens, mask)[..., : model.base.hidden_size]
             top, _ = model.base.suffix(at_cut, mask, lead=shared_lead(tokens, mask))
-            state = at_position(model.base.final_norm(top), batch.position.to(model.base.device))
-            features[rows] = state.double().cpu().numpy()
+            states = at_position(model.base.final_norm(top), batch.position.to(model.base.device)).cpu()
+            features[rows] = states.double().numpy()
+            if store is not None:
+                for i, state in zip(rows, states, strict=True):
+                    store.put(keys[i], state[None])
+    for i, key in enumerate(keys):
+        if store is not None and key in store:  # as it rounds, the first time too
+            features[i] = store.get(key)[0].double().numpy()
+    if store is not None:
+        store.flush()
     return features
 
 

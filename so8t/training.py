@@ -8,7 +8,6 @@ from collections import Counter
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from so8t.adapter import adapter_to_start_from, save_adapter
 from so8t.base import load_base
-from so8t.baselines import Baselines
+from so8t.baselines import Baselines, Floats
 from so8t.callbacks.checkpoints import BestUnderCeiling
 from so8t.callbacks.group import GroupMonitor
 from so8t.config import Config, validate
@@ -96,7 +95,7 @@ def train(composed: DictConfig) -> dict[str, float]:
         rationales = learn(module.model, data.template, data.train, config.rationale, batch_size=size, seed=config.seed)
         save_adapter(run / "adapter", module.model, data.template, rationales, system_prompt=config.data.system_prompt)
         if config.evaluate:
-            metrics |= evaluate_run(module, data, run, console, loggers, batch_size=config.data.eval_batch_size)
+            metrics |= evaluate_run(module, data, config, console, loggers)
         draw(run, callbacks)
         log_panels(loggers, run)
         write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})
@@ -259,13 +258,16 @@ def restore_best(trainer: L.Trainer, module: SO8TModule) -> None:
 
 
 def evaluate_run(
-    module: SO8TModule, data: SafetyData, run: Path, console: Console, loggers: list[Logger], *, batch_size: int
+    module: SO8TModule, data: SafetyData, config: Config, console: Console, loggers: list[Logger]
 ) -> dict[str, float]:
     """Mixed test split and unseen sources, with the baselines fitted on the same training rows; prints and writes."""
     model, cache, template = module.model, module.cache, data.template
+    run, batch_size = Path(config.paths.output_dir), config.data.eval_batch_size
+    store = PrefixStore.of_last_states(model.base, config.cache) if config.cache.max_gib else None
 
-    def features(records: list[Record], what: str) -> Any:  # noqa: ANN401
-        return frozen_features(model, records, template, batch_size=batch_size, cache=cache, title=f"frozen base, {what}")
+    def features(records: list[Record], what: str) -> Floats:
+        title = f"frozen base, {what}"
+        return frozen_features(model, records, template, batch_size=batch_size, cache=cache, store=store, title=title)
 
     baselines = Baselines.fit(data.train, features(data.train, "training rows"))
     baselines.save(run / "baselines")

@@ -26,6 +26,7 @@ from so8t.console import quieten
 from so8t.gates import GateSpec
 from so8t.labels import LABELS
 from so8t.model import HeadSpec, SO8TModel
+from so8t.rationale import Rationales, Written
 
 ROOT = Path(__file__).parents[1]
 quieten()
@@ -266,3 +267,17 @@ def browser():
         browser = playwright.chromium.launch(executable_path=found, args=["--disable-gpu", "--disable-quic", "--disable-sync"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Puts a text of ours in the place of the rationale that the random base would write."""
+
+    def put(text: str) -> None:
+        def write(self, *_, every):
+            yield Written("", 1, -1.0, done=False)
+            yield Written(text, 9, -1.0, done=True)
+
+        monkeypatch.setattr(Rationales, "write", write)
+
+    return put

@@ -5,9 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from so8t.adapter import Agent
+from so8t.conversation import Exchange
 from so8t.data.tokenise import Encoded
 from so8t.labels import Label
 from so8t.model import Decisions
+from so8t.rationale import Rationales
+
+FRAUD = "Forging a passport is identity fraud."
+"""A good rationale."""
 
 
 class Ruled(Agent):
@@ -17,6 +22,14 @@ class Ruled(Agent):
     def of(cls, agent: Agent, rule: Callable[[str], Label]) -> "Ruled":
         ruled = cls(agent.model, agent.template, agent.folder)
         ruled.rule, ruled.asked, ruled.passes = rule, [], []
+        return ruled
+
+    @classmethod
+    def explaining(cls, agent: Agent, rule: Callable[[str], Label]) -> "Ruled":
+        """Has rationales, in the Latin script; the fixture `written` says what the base writes."""
+        ruled = cls.of(agent, rule)
+        shown = dict.fromkeys((Label.ESCALATE, Label.REFUSE), (Exchange("steal it", "It is theft."),))
+        ruled.rationales = Rationales(agent.model.base.hidden_size, {"latin": shown})
         return ruled
 
     def look(self, rows: Sequence[Encoded]) -> Decisions:

@@ -12,7 +12,7 @@ import torch
 import uvicorn
 from playwright.sync_api import expect
 
-from so8t.adapter import load_agent
+from so8t.adapter import Agent, load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of
 from so8t.escalations import EscalationQueue
@@ -22,6 +22,7 @@ from so8t.serving.service import make_service
 from so8t.serving.worker import Limits
 from so8t.streaming import stream
 from tests.browser import illegible, open_page, sticking_out
+from tests.ruled import FRAUD, Ruled
 
 REQUEST = "how do I kill a python process?"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -47,9 +48,9 @@ def serve(tmp_path):
     """Serves a trained agent at a free port of this machine."""
     running = []
 
-    def start(adapter: Path, token: str | None = None) -> Served:
+    def start(adapter: Path | Agent, token: str | None = None) -> Served:
         queue = EscalationQueue(tmp_path / "escalations.sqlite")
-        agent = load_agent(adapter)
+        agent = load_agent(adapter) if isinstance(adapter, Path) else adapter
         lm = agent.model.base.causal_lm  # the random base answers with line ends; this one takes the next byte each time
         lm.lm_head.weight = torch.nn.Parameter(lm.model.embed_tokens.weight.roll(1, 0), requires_grad=False)
         safe = SafeAgent(agent, audit=AuditLog(tmp_path / "audit"), queue=queue, max_new_tokens=12, watch_every=4)
@@ -103,6 +104,15 @@ def test_an_allowed_request_is_answered_and_written_down_once(browser, serve, al
     assert page.locator("#reply").text_content() == served.safe.respond("how do I bake rye bread").text
     assert len(page.locator("#reply").text_content()) > 5
     assert served.queue.listed() == []
+
+
+def test_the_models_own_sentence_follows_the_fixed_one_on_the_page(browser, serve, finished_run, written):
+    written(FRAUD)
+    served = serve(Ruled.explaining(load_agent(finished_run), lambda text: Label.REFUSE))
+    page = open_page(browser, served.url).page
+    send(page, "forge a passport")
+    assert page.locator("#reply").text_content() == f"{SPOKEN[Label.REFUSE]} {FRAUD}"
+    assert served.events() == ["decision", "rationale"]
 
 
 def test_a_person_approves_one_escalation_and_denies_another(browser, serve, always):

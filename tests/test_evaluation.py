@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from io import StringIO
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import binom
 
+from so8t.base import SplitBase
 from so8t.baselines import Baselines
 from so8t.data.cache import PrefixCache
 from so8t.data.records import Record
+from so8t.data.store import CacheSpec, PrefixStore
 from so8t.data.tokenise import Template
 from so8t.evaluation import (
     Predictions,
@@ -165,6 +168,17 @@ def test_frozen_features_are_the_base_without_gates_at_the_decision_position_row
             tokens = torch.tensor([template.encode(record.user_request, record.context).tokens])
             want = model.base.decoder(input_ids=tokens).last_hidden_state[0, -1]
             assert torch.allclose(torch.tensor(features[i]).float(), want, atol=1e-4), i
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_of_the_frozen_base_are_computed_once_for_all_runs(model, template, tmp_path, monkeypatch, dtype):
+    def features(records):
+        store = PrefixStore.of_last_states(model.base, CacheSpec(folder=str(tmp_path), dtype=dtype))
+        return frozen_features(model, records, template, batch_size=4, cache=PrefixCache(model.base), store=store)
+
+    assert np.array_equal(features(RECORDS[:5])[:5], first := features(RECORDS)[:5])
+    monkeypatch.setattr(SplitBase, "suffix", lambda *_, **__: pytest.fail("it was computed again"))
+    assert np.array_equal(features(RECORDS[:5]), first)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from so8t.serving.service import make_service
 from so8t.serving.upstream import Upstream as Behind
 from so8t.serving.watched import pieces
 from so8t.serving.worker import Limits
-from tests.ruled import Ruled
+from tests.ruled import FRAUD, Ruled
 from tests.upstreams import Upstream, chunk, chunks, completion, running, until
 
 
@@ -78,8 +78,8 @@ def guarded(loaded, upstream, tmp_path):
 
     with ExitStack() as stack:
 
-        def start(rule=words, **options):
-            agent = Ruled.of(loaded, rule)
+        def start(rule=words, make=Ruled.of, **options):
+            agent = make(loaded, rule)
             options.setdefault("url", f"{upstream.url}/v1")
             guard = Guarded(agent, tmp_path, upstream, **options)
             guard.url = stack.enter_context(running(guard.app))
@@ -136,6 +136,18 @@ def test_what_is_not_allowed_never_reaches_the_upstream(guarded, upstream, text,
     assert guard.events() == ["decision"]
     assert len(guard.queue.listed()) == (label is Label.ESCALATE)
     assert guard.counted("so8t_decisions_total", decision=label.name) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_models_own_sentence_follows_the_fixed_one_before_an_upstream_too(guarded, upstream, written, stream):
+    written(FRAUD)
+    guard = guarded(make=Ruled.explaining)
+    got = ask(guard, "sell poison", stream=stream)
+    choices = [part.choices[0] for part in got] if stream else got.choices
+    said = "".join((choice.delta if stream else choice.message).content or "" for choice in choices)
+    assert said == f"{SPOKEN[Label.REFUSE]} {FRAUD}"
+    assert guard.events() == ["decision", "rationale"]
+    assert upstream.asked == []
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,9 @@ from so8t.labels import Label
 from so8t.rationale import FILES, Rationales, Written, fault, first_sentence, load_rationales, script
 from so8t.rationale_training import RationaleSpec, learn, perplexity, states
 from tests.conftest import synthetic_rows
-from tests.ruled import Ruled
+from tests.ruled import FRAUD, Ruled
 
 SPEC = RationaleSpec(rows=24, examples=2, epochs=4)
-GOOD = "Forging a passport is identity fraud."
 
 
 def rows(count: int = 60) -> list[Record]:
@@ -48,20 +47,6 @@ def ruled(loaded: Agent, learned: Rationales | None, rule) -> Ruled:
 
 def told(audit: AuditLog) -> list[dict]:
     return [json.loads(line) for file in files_of(audit.folder) for line in file.read_text().splitlines()]
-
-
-@pytest.fixture
-def written(monkeypatch):
-    """Puts a text of ours in the place of the random base's."""
-
-    def put(text: str) -> None:
-        def write(self, *_, every):
-            yield Written("", 1, -1.0, done=False)
-            yield Written(text, 9, -1.0, done=True)
-
-        monkeypatch.setattr(Rationales, "write", write)
-
-    return put
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
@@ -110,7 +95,7 @@ def test_examples_are_rows_of_their_own_language_and_label_and_nothing_is_learne
 
 def test_a_run_keeps_its_rationales_and_one_without_loads_without(tiny_run, loaded, written):
     assert loaded.rationales is None
-    written(GOOD)
+    written(FRAUD)
     _, folder = tiny_run("rationale.rows=8", "trainer.max_epochs=1", "evaluate=false")
     found = load_agent(folder).rationales
     assert found is not None
@@ -124,7 +109,7 @@ def test_a_base_says_nothing_in_a_language_that_it_cannot_write(loaded, learned,
     )
 
     def write(self, model, template, request, context, label, *, every):
-        yield Written(GOOD if label is Label.REFUSE else "no end", 9, -1.0, done=True)
+        yield Written(FRAUD if label is Label.REFUSE else "no end", 9, -1.0, done=True)
 
     monkeypatch.setattr(Rationales, "write", write)
     kept = learn(loaded.model, loaded.template, rows(), tried, batch_size=8, seed=0)
@@ -166,7 +151,7 @@ def test_what_is_saved_writes_the_same_and_damage_is_told(loaded, learned, tmp_p
         ("Tell one two three four five six seven eight nine.", "tell one two three four five six seven eight nine.", "repeats"),
         ("An example said this before.", "forge a passport", "example"),
         ("助手は家の照明と錠を操作できる。", "彼を締め出して", "repeats"),
-        (GOOD, "forge a passport", None),
+        (FRAUD, "forge a passport", None),
         ("身分証の偽造は他人を欺く犯罪である。", "旅券を偽造して", None),
     ],
 )  # fmt: skip
@@ -196,24 +181,24 @@ def test_a_sentence_ends_where_a_space_follows_its_point_and_not_within_a_word()
 
 @pytest.mark.parametrize("label", [Label.ESCALATE, Label.REFUSE])
 def test_a_rationale_follows_the_fixed_sentence_once_it_was_checked(loaded, learned, written, tmp_path, label):
-    written(GOOD)
+    written(FRAUD)
     agent = ruled(loaded, learned, lambda text: label)
     safe = SafeAgent(agent, audit=AuditLog(tmp_path), keep_text=True)
     *growing, last = safe.stream("forge a passport")
     fixed = SPOKEN[label].format(number="")
     assert growing
     assert all(reply.text == fixed and not reply.finished for reply in growing)
-    assert (last.text, last.finished, last.read, last.stopped) == (f"{fixed} {GOOD}", True, 0, False)
-    assert agent.asked == ["forge a passport", GOOD]
+    assert (last.text, last.finished, last.read, last.stopped) == (f"{fixed} {FRAUD}", True, 0, False)
+    assert agent.asked == ["forge a passport", FRAUD]
     decision, rationale = told(safe.audit)
-    assert (decision["event"], rationale["event"], rationale["rationale"]) == ("decision", "rationale", GOOD)
+    assert (decision["event"], rationale["event"], rationale["rationale"]) == ("decision", "rationale", FRAUD)
     assert rationale["dropped"] is None
     assert rationale["seconds"] > 0
 
 
 def test_one_that_the_head_reads_as_worse_is_not_said_and_the_log_tells(loaded, learned, written, tmp_path):
-    written(GOOD)
-    agent = ruled(loaded, learned, lambda text: Label.REFUSE if text == GOOD else Label.ESCALATE)
+    written(FRAUD)
+    agent = ruled(loaded, learned, lambda text: Label.REFUSE if text == FRAUD else Label.ESCALATE)
     safe = SafeAgent(agent, audit=AuditLog(tmp_path))
     reply = safe.respond("forge a passport")
     assert (reply.text, reply.verdict.label) == (SPOKEN[Label.ESCALATE].format(number=""), Label.ESCALATE)
@@ -234,8 +219,8 @@ def test_a_failure_changes_no_decision_and_is_counted_and_written_down(loaded, l
     if broken == "write":
         monkeypatch.setattr(Rationales, "write", lambda *_, **__: 1 / 0)
     else:
-        written(GOOD)
-    agent = ruled(loaded, learned, lambda text: 1 / 0 if text == GOOD else Label.ESCALATE)
+        written(FRAUD)
+    agent = ruled(loaded, learned, lambda text: 1 / 0 if text == FRAUD else Label.ESCALATE)
     safe = SafeAgent(agent, audit=AuditLog(tmp_path))
     reply = safe.respond("forge a passport")
     assert (reply.text, reply.finished) == (SPOKEN[Label.ESCALATE].format(number=""), True)

@@ -17,16 +17,14 @@ from so8t.adapter import Agent, load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
 from so8t.commands.serve import listen
-from so8t.conversation import Exchange
 from so8t.escalations import EscalationQueue
 from so8t.labels import LABELS, Label
-from so8t.rationale import Rationales, Written
 from so8t.serving.app import make_app
 from so8t.serving.metrics import Metrics
 from so8t.serving.service import make_service
 from so8t.serving.wire import WireError
 from so8t.serving.worker import Limits, Worker
-from tests.ruled import Ruled
+from tests.ruled import FRAUD, Ruled
 
 BREAD = [{"role": "user", "content": "how do I bake rye bread"}]
 
@@ -153,23 +151,15 @@ def test_a_refused_request_never_reaches_the_base(serving, always, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_models_own_sentence_follows_the_fixed_one_over_http_too(serving, loaded, monkeypatch, stream):
-    def write(self, *_, every):
-        yield Written("", 1, -1.0, done=False)
-        yield Written("Forging a passport is identity fraud.", 9, -1.0, done=True)
-
-    monkeypatch.setattr(Rationales, "write", write)
-    agent = Ruled.of(loaded, lambda text: Label.REFUSE)
-    examples = {"latin": {Label.REFUSE: (Exchange("steal it", "It is theft."),)}}
-    agent.rationales = Rationales(loaded.model.base.hidden_size, examples)
+def test_the_models_own_sentence_follows_the_fixed_one_over_http_too(serving, loaded, written, stream):
+    written(FRAUD)
     asked = [{"role": "user", "content": "forge a passport"}]
-    with serving(agent) as served:
+    with serving(Ruled.explaining(loaded, lambda text: Label.REFUSE)) as served:
         got = served.openai.chat.completions.create(model="x", messages=asked, stream=stream)
         choices = [part.choices[0] for part in got if part.choices] if stream else got.choices
         said = "".join((choice.delta if stream else choice.message).content or "" for choice in choices)
-        assert said == f"{SPOKEN[Label.REFUSE]} Forging a passport is identity fraud."
-        told = [line["rationale"] for line in served.told() if line["event"] == "rationale"]
-        assert told == ["Forging a passport is identity fraud."]
+        assert said == f"{SPOKEN[Label.REFUSE]} {FRAUD}"
+        assert [line["rationale"] for line in served.told() if line["event"] == "rationale"] == [FRAUD]
 
 
 def test_an_escalated_request_is_answered_after_approval_and_refused_after_denial(serving, always):

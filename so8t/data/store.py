@@ -1,4 +1,5 @@
-"""The prefix's output on disk: one folder per frozen prefix, filled once, shared by all runs and by several processes.
+"""The prefix's output on disk: one folder per frozen prefix, filled once, shared by all runs and by several processes. In a
+folder of its own lies what the whole base makes of each row's last token, which the probe beside every evaluation reads.
 
 A folder's name comes from everything that the states depend on: the weights below the cut as they are stored (quantisation
 included), the cut and the number format; a row is found by its tokens, the chat template's among them. States lie in segments,
@@ -117,25 +118,34 @@ class PrefixStore:
     @classmethod
     def of(cls, base: "SplitBase", spec: CacheSpec, keep: tuple[int, ...] = ()) -> "PrefixStore":
         """The store of a base's prefix, with the layers below the cut that are kept beside it."""
+        below = nn.ModuleList([base.decoder.embed_tokens, *base.prefix_layers])
+        return cls._of(base, spec, below, cut=base.cut, keep=keep)
+
+    @classmethod
+    def of_last_states(cls, base: "SplitBase", spec: CacheSpec) -> "PrefixStore":
+        """The store of what the whole frozen base, its final norm included, makes of a row's last token: `[1, D]` a row."""
+        return cls._of(base, spec, base.decoder, cut=0, keep=())
+
+    @classmethod
+    def _of(cls, base: "SplitBase", spec: CacheSpec, frozen: nn.Module, *, cut: int, keep: tuple[int, ...]) -> "PrefixStore":
         from so8t.base import weights_digest  # transformers takes seconds, and a store without a base does not need it
 
         dtype = {"auto": base.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.dtype]
-        below = nn.ModuleList([base.decoder.embed_tokens, *base.prefix_layers])
         config = base.causal_lm.config.get_text_config().to_dict()
         for place_or_version in ("_name_or_path", "transformers_version"):
             config.pop(place_or_version, None)
         facts = {
             "format": _FORMAT,
-            "weights": weights_digest(below),
+            "weights": weights_digest(frozen),
             "quantization": base.spec.quantization,
-            "cut": base.cut,
+            "cut": cut,
             "keep": keep,
             "compute": str(base.dtype),
             "dtype": str(dtype),
             "config": config,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        folder = store_root(spec.folder) / f"{base.spec.name}-k{base.cut}-{str(dtype).removeprefix('torch.')}-{digest}"
+        folder = store_root(spec.folder) / f"{base.spec.name}-k{cut}-{str(dtype).removeprefix('torch.')}-{digest}"
         return cls(folder, dtype=dtype, max_bytes=int(spec.max_gib * 2**30))
 
     def __len__(self) -> int:
