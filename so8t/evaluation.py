@@ -361,11 +361,12 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def write_predictions(path: Path, records: Sequence[Record], predictions: Predictions) -> None:
-    """JSONL in the order of the rows: `user_request`, `decision`, `probabilities` by label, and what failed."""
+    """JSONL in the order of the rows: `user_request`, any `context`, `decision`, `probabilities` by label, and what failed."""
     lines = []
     for i, record in enumerate(records):
         row: dict[str, object] = {
             "user_request": record.user_request,
+            **({} if record.context is None else {"context": record.context}),
             "decision": Label(int(predictions.decisions[i])).name,
             "probabilities": {name: round(float(predictions.probabilities[i, k]), 6) for k, name in enumerate(LABELS)},
             "safety_label": record.safety_label.name,

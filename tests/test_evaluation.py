@@ -155,6 +155,7 @@ def test_written_predictions_follow_the_file_and_every_line_parses(tmp_path, mod
         assert list(row["probabilities"]) == list(LABELS)
         assert list(row["probabilities"].values()) == pytest.approx(predictions.probabilities[i].tolist(), abs=1e-6)
         assert ("failure" in row) == (i == 2)
+        assert row.get("context") == records[i].context
 
 
 # -- features of the frozen base ---------------------------------------------------------------------------------------
