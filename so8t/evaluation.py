@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from so8t.files import write_text
 from so8t.intervals import ENOUGH, Interval, decision_intervals, number
 from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, flicker
+from so8t.mistakes import worst_mistakes
 from so8t.model import Decisions, SO8TModel, at_position
-from so8t.streaming import Stream, along
+from so8t.streaming import Stream, TokenDecision, along
 
 SHOWN = (
     ("macro_f1", "macro-F1"),
@@ -87,6 +88,12 @@ class Predictions:
         """Decided by a policy; `flicker`, `changes` and `stream` stay those of the head's own."""
         new = policy.apply(self.decided)
         return replace(self, probabilities=new.probabilities, decisions=new.labels, failed=new.failed, unsure=new.unsure)
+
+    def worst(self, records: Sequence[Record]) -> list[int]:
+        """The worst mistakes among rows that did not fail."""
+        labels = torch.tensor([int(r.safety_label) for r in records])
+        taken = torch.where(self.failed, labels, self.decisions)  # a failure is no mistake
+        return worst_mistakes(self.probabilities.double().numpy(), taken.numpy(), labels.numpy())
 
     @classmethod
     def of_probabilities(cls, probabilities: Tensor) -> "Predictions":
@@ -360,8 +367,14 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
 
 
-def write_predictions(path: Path, records: Sequence[Record], predictions: Predictions) -> None:
-    """JSONL in the order of the rows: `user_request`, any `context`, `decision`, `probabilities` by label, and what failed."""
+def write_predictions(
+    path: Path,
+    records: Sequence[Record],
+    predictions: Predictions,
+    tokens: Mapping[int, Sequence[TokenDecision]] | None = None,
+) -> None:
+    """JSONL in the order of the rows: `user_request`, any `context`, `decision`, `probabilities` by label, what failed. Rows
+    that are in `tokens` tell what was decided after each of theirs."""
     lines = []
     for i, record in enumerate(records):
         row: dict[str, object] = {
@@ -376,5 +389,7 @@ def write_predictions(path: Path, records: Sequence[Record], predictions: Predic
             row["failure"] = "a logit was not finite"
         if predictions.unsure[i]:
             row["unsure"] = True
+        if tokens is not None and i in tokens:
+            row["tokens"] = [[token.text, token.label.name] for token in tokens[i]]
         lines.append(json.dumps(row, ensure_ascii=False))
     write_text(path, "\n".join(lines) + "\n")

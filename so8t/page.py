@@ -19,12 +19,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; `texts`: the first column holds whole requests."""
+    """Cells as text; `texts`: the first column holds whole requests. `marked`: by row, the parts of its first cell, each with
+    the decision that colours it; a row without parts shows its text."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
     texts: bool = False
+    marked: list[list[tuple[str, str]]] = field(default_factory=list)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from so8t.evaluation import GROUPED, SHOWN
 from so8t.intervals import ENOUGH, number
 from so8t.labels import LABELS, Label
 from so8t.memory_panel import memory_panel
+from so8t.mistakes import MOST, worst_mistakes
 from so8t.model import Decisions
 from so8t.page import Panel, Table, drawn, render_page
 from so8t.plots import (
@@ -31,8 +32,6 @@ from so8t.plots import (
 from so8t.robustness import HEAD, cells
 from so8t.run_folder import ADAPTER, CONFIG, METRICS, ROBUSTNESS, SETS, TENSORS, PredictedRows, RunFolder, Scores
 
-MISTAKES = 15
-"""Rows shown of each set."""
 LONGEST = 400
 """Characters shown of a request."""
 
@@ -298,21 +297,36 @@ def _mistakes(run: RunFolder) -> Panel:
     panel = Panel(
         "mistakes",
         "The worst mistakes",
-        f"Rows that were decided wrongly, those with the most probable wrong decision first; at most {MISTAKES} of each set. "
-        "Requests are shown as they are in the data, and some are offensive.",
+        f"Rows that were decided wrongly, those with the most probable wrong decision first; at most {MOST} of each set. "
+        "Requests are shown as they are in the data, and some are offensive. Behind each token, its context's too, stands what "
+        "was decided after it: ALLOW green, ESCALATE amber and dotted, REFUSE red and underlined. The decision proper is read "
+        "after the template's closing tokens.",
     )
     for title, told in _sets(run, panel):
-        wrong = np.flatnonzero(told.decisions != told.labels)
-        sure = told.probabilities[wrong, told.decisions[wrong]]
-        worst = wrong[np.argsort(-sure, kind="stable")][:MISTAKES]
-        rows = []
-        for row in (told.rows[i] for i in worst):
-            request = row.user_request if len(row.user_request) <= LONGEST else row.user_request[:LONGEST] + "…"
+        rows: list[list[str]] = []
+        marked: list[list[tuple[str, str]]] = []
+        for row in (told.rows[i] for i in worst_mistakes(told.probabilities, told.decisions, told.labels)):
             shares = [f"{row.probabilities[name]:.3f}" for name in LABELS]
-            rows.append([request, row.source, row.safety_label, row.decision, *shares])
+            rows.append(["".join(_within([row.user_request])), row.source, row.safety_label, row.decision, *shares])
+            texts = _within([text for text, _ in row.tokens])
+            marked.append([(text, label) for text, (_, label) in zip(texts, row.tokens, strict=False)])
         head = ["request", "source", "label", "decision", *(f"P({name})" for name in LABELS)]
-        panel.tables.append(Table(f"{title}: {len(wrong)} of {len(told.rows)} rows decided wrongly", head, rows, texts=True))
+        wrong = int((told.decisions != told.labels).sum())
+        about = f"{title}: {wrong} of {len(told.rows)} rows decided wrongly"
+        panel.tables.append(Table(about, head, rows, texts=True, marked=marked))
     return panel
+
+
+def _within(parts: list[str]) -> list[str]:
+    """The parts of a text up to `LONGEST` characters, with an ellipsis where more would follow."""
+    kept: list[str] = []
+    left = LONGEST
+    for part in parts:
+        if len(part) > left:
+            return [*kept, part[:left] + "…"]
+        kept.append(part)
+        left -= len(part)
+    return kept
 
 
 PANELS: tuple[Callable[[RunFolder], Panel], ...] = (

@@ -48,7 +48,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Predicted:
-    """One line of the predictions."""
+    """One line of the predictions. `tokens`: of the worst mistakes, each token's text and what was decided after it."""
 
     user_request: str
     decision: Literal["ALLOW", "ESCALATE", "REFUSE"]
@@ -57,6 +57,7 @@ class Predicted:
     source: str
     failure: str = ""
     unsure: bool = False
+    tokens: list[tuple[str, Literal["ALLOW", "ESCALATE", "REFUSE"]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

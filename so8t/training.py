@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from so8t.adapter import adapter_to_start_from, save_adapter
+from so8t.adapter import Agent, adapter_to_start_from, save_adapter
 from so8t.base import load_base
 from so8t.baselines import Baselines, Floats
 from so8t.callbacks.checkpoints import BestUnderCeiling
@@ -43,6 +43,7 @@ from so8t.rationale_training import learn
 from so8t.remedies import remedies
 from so8t.report import panels
 from so8t.run_folder import read_run
+from so8t.streaming import stream
 
 log = logging.getLogger(__name__)
 
@@ -271,6 +272,7 @@ def evaluate_run(
 
     baselines = Baselines.fit(data.train, features(data.train, "training rows"))
     baselines.save(run / "baselines")
+    agent = Agent(model, template, run / "adapter")
     metrics: dict[str, float] = {}
     for part, records, title in (("test", data.test, "mixed test split"), ("unseen", data.unseen, "unseen sources")):
         if not records:
@@ -280,7 +282,8 @@ def evaluate_run(
         result = evaluate(title, records, predictions, baselines, features(records, title))
         print_evaluation(result, console)
         write_json(run / f"{part}.json", result.as_json())
-        write_predictions(run / f"{part}_predictions.jsonl", records, predictions)
+        along = {i: list(stream(agent, records[i].user_request, records[i].context)) for i in predictions.worst(records)}
+        write_predictions(run / f"{part}_predictions.jsonl", records, predictions, along)
         plot_confusion(
             result.confusion,
             f"{title}: macro-F1 {result.overall['SO8T'].get('macro_f1', float('nan')):.3f}",

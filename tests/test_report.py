@@ -13,12 +13,16 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from so8t.adapter import load_agent
 from so8t.cli import main
 from so8t.config import Config, validate
 from so8t.errors import ArtefactError
+from so8t.labels import LABELS
 from so8t.memory import Plan, plan
-from so8t.report import panels, render
+from so8t.mistakes import MOST
+from so8t.report import LONGEST, panels, render
 from so8t.run_folder import read_run
+from so8t.streaming import stream
 
 PICTURES = {
     "setup": 0, "metrics": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1, "robustness": 0,
@@ -121,6 +125,32 @@ def test_groups_are_shown_with_their_intervals(run):
     assert any("by language" in title for title in shown)
 
 
+def test_the_worst_mistakes_show_what_was_decided_after_each_of_their_tokens(run, finished_run):
+    table = panels(read_run(run))[-1].tables[0]
+    rows = [json.loads(line) for line in (run / "test_predictions.jsonl").read_text().splitlines()]
+    told = {row["user_request"]: row for row in rows}
+    agent = load_agent(finished_run)
+    assert 0 < len(table.rows) <= MOST
+    for (request, _, label, decision, *_), parts in zip(table.rows, table.marked, strict=True):
+        assert label != decision
+        seen = list(stream(agent, request, told[request].get("context")))
+        assert parts == [(token.text, token.label.name) for token in seen]
+    assert sum("tokens" in row for row in rows) == len(table.rows), "and no other row"
+    page = Page(render(read_run(run)))
+    assert {told.get("class") for tag, told in page.tags if tag == "span"} <= set(LABELS)
+
+
+def test_a_long_request_is_cut_off_in_the_report(run):
+    path = run / "test_predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"user_request": "w" * (LONGEST + 1), "tokens": [["w" * 300, "ALLOW"], ["v" * 300, "REFUSE"], ["u", "ALLOW"]]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = panels(read_run(run))[-1].tables[0]
+    assert table.rows[0][0] == "w" * LONGEST + "…"
+    assert table.marked[0] == [("w" * 300, "ALLOW"), ("v" * (LONGEST - 300) + "…", "REFUSE")]
+
+
 def test_the_page_has_no_script_and_loads_nothing(run):
     page = page_of(run)
     names = {tag for tag, _ in page.tags}
@@ -137,6 +167,7 @@ def test_markup_in_a_request_and_in_the_settings_is_shown_and_does_nothing(run):
     rows = [json.loads(line) for line in (run / "test_predictions.jsonl").read_text().splitlines()]
     rows[0] |= {"user_request": hostile, "source": hostile, "safety_label": "REFUSE", "decision": "ALLOW"}
     rows[0]["probabilities"] = {"ALLOW": 0.999, "ESCALATE": 0.001, "REFUSE": 0.0}
+    rows[0]["tokens"] = [[hostile[:20], "ALLOW"], [hostile[20:], "REFUSE"]]
     (run / "test_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"(?m)^  name: tiny$", f"  name: {json.dumps(hostile)}", config))

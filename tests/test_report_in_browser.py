@@ -6,6 +6,7 @@ import shutil
 import pytest
 from playwright.sync_api import expect
 
+from so8t.labels import LABELS
 from so8t.report import render
 from so8t.run_folder import read_run
 from tests.browser import illegible, open_page, sticking_out
@@ -27,6 +28,7 @@ def report(finished_run, tmp_path_factory) -> str:
     for row, request in zip(rows, (HOSTILE, "w" * 390, "これは長い依頼です。" * 30, "اكتب رسالة إلى جارك"), strict=False):
         row |= {"user_request": request, "safety_label": "REFUSE", "decision": "ALLOW"}
         row["probabilities"] = {"ALLOW": 0.999, "ESCALATE": 0.001, "REFUSE": 0.0}
+        row["tokens"] = [[request[k : k + 9], LABELS[k // 9 % 3]] for k in range(0, len(request), 9)]
     for name in ("test_predictions.jsonl", "unseen_predictions.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = folder / "report.html"
