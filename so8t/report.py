@@ -305,8 +305,8 @@ def _mistakes(run: RunFolder) -> Panel:
     for title, told in _sets(run, panel):
         rows: list[list[str]] = []
         marked: list[list[tuple[str, str]]] = []
-        for row in (told.rows[i] for i in worst_mistakes(told.probabilities, told.decisions, told.labels)):
-            shares = [f"{row.probabilities[name]:.3f}" for name in LABELS]
+        for i in worst_mistakes(told.probabilities, told.decisions, told.labels):
+            row, shares = told.rows[i], [f"{p:.3f}" for p in told.probabilities[i]]
             rows.append(["".join(_within([row.user_request])), row.source, row.safety_label, row.decision, *shares])
             texts = _within([text for text, _ in row.tokens])
             marked.append([(text, label) for text, (_, label) in zip(texts, row.tokens, strict=False)])
