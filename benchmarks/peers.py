@@ -237,7 +237,7 @@ def main() -> None:
     else:
         data = load_data(plain)
         contenders = {name: contender(PEERS[name], partial(made, data=data), overrides) for name in args.peers}
-        batches = list(data.sample(args.batches * plain.data.batch_size))[: args.batches]
+        batches = list(data.sample(args.batches * plain.data.batch_size, batch_size=plain.data.batch_size))[: args.batches]
         out["per_epoch"] = len(data.train_dataloader())
         longest = longest_batch(plain, plain.data.batch_size, device)
         out["measured"] = measure(contenders, batches, longest, out["per_epoch"])

@@ -40,21 +40,23 @@ class Linear:
         return exp / exp.sum(-1, keepdims=True)
 
 
-def fit_linear(features: Floats, labels: Sequence[int], *, c: float) -> Linear:
-    """Balanced multinomial logistic regression; classes without rows get no chance (bias -inf stands in as -1e9)."""
+def fit_linear(features: Floats, labels: Sequence[int], *, c: float, weights: Floats | None = None) -> Linear:
+    """Multinomial logistic regression, balanced or with rows weighted by `weights` `[N]`; classes without rows get no chance
+    (bias -inf stands in as -1e9)."""
     target = np.asarray(labels)
-    weights = np.zeros((len(LABELS), features.shape[1]))
+    found = np.zeros((len(LABELS), features.shape[1]))
     bias = np.full(len(LABELS), -1e9)
     seen = np.unique(target)
     if len(seen) == 1:
         bias[seen[0]] = 0.0
-        return Linear(weights, bias)
-    model = LogisticRegression(C=c, max_iter=1000, class_weight="balanced").fit(features, target)
+        return Linear(found, bias)
+    balance = "balanced" if weights is None else None
+    model = LogisticRegression(C=c, max_iter=1000, class_weight=balance).fit(features, target, sample_weight=weights)
     if len(seen) == 2:  # scikit-learn keeps one row for two classes
-        weights[seen[1]], bias[seen[0]], bias[seen[1]] = model.coef_[0], 0.0, model.intercept_[0]
+        found[seen[1]], bias[seen[0]], bias[seen[1]] = model.coef_[0], 0.0, model.intercept_[0]
     else:
-        weights[seen], bias[seen] = model.coef_, model.intercept_
-    return Linear(weights, bias)
+        found[seen], bias[seen] = model.coef_, model.intercept_
+    return Linear(found, bias)
 
 
 class TfidfBaseline:

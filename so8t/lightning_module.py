@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from so8t.base import shared_lead
+from so8t.baselines import fit_linear
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import Batch, TaskBatch
 from so8t.errors import ArtefactError, ConfigError
@@ -114,14 +115,24 @@ class SO8TModule(L.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def standardise(self, batches: Iterable[Batch]) -> None:
-        """Measures what the head shifts and scales by on some training rows; call once, before training from scratch."""
-        columns = []
+    def begin_head(self, batches: Iterable[Batch]) -> None:
+        """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with,
+        as its spec says; call once, before training from scratch. The gates are the identity then."""
+        head = self.model.head
+        columns, labels, weights = [], [], []
         for batch in batches:
             batch = move_data_to_device(batch, self.model.base.device)
             reads = self.model.trunk(self.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
-            columns.append(at_position(self.model.head.features(reads, batch.mask), batch.position))
-        self.model.head.standardise(torch.cat(columns))
+            columns.append(at_position(head.features(reads, batch.mask), batch.position).cpu())
+            labels.append(batch.labels.cpu())
+            weights.append((self.class_weights[batch.labels] * batch.weights).cpu())
+        features, label = torch.cat(columns), torch.cat(labels)
+        if head.spec.standardise:
+            head.standardise(features.to(head.shift))
+        if head.spec.probe and len(set(label.tolist())) == len(LABELS):
+            turned = (features - head.shift.cpu()) * head.scale.cpu()
+            fitted = fit_linear(turned.numpy(), label.tolist(), c=head.spec.probe, weights=torch.cat(weights).numpy())
+            head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 
     @property
     def progress(self) -> float:

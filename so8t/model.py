@@ -13,7 +13,7 @@ from so8t.errors import ConfigError
 from so8t.gates import GateSet, GateSpec, TrialityGate
 from so8t.labels import FAIL_CLOSED, LABELS
 from so8t.so8 import block_count
-from so8t.specs import Fraction, ProperFraction, spec
+from so8t.specs import Fraction, NotNegative, ProperFraction, spec
 
 
 @spec
@@ -25,13 +25,16 @@ class HeadSpec:
     the state. With `gate.triality` it reads the authority as well: the form of state, safety view and authority's view of the
     mean state so far. `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal. `standardise`
     brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
-    outlier dimensions of the base would otherwise drown the rest.
+    outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on the
+    frozen base's states, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al. 2022,
+    arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
     commutator: bool = False
     pooling: Literal["token", "mean", "both"] = "both"
     standardise: bool = True
+    probe: NotNegative = 0.0
     dropout: ProperFraction = 0.0
     min_confidence: ProperFraction = 0.0
 
@@ -117,6 +120,12 @@ class SafetyHead(nn.Module):
         deviation = features.std(0, correction=0)
         self.shift.copy_(features.mean(0))
         self.scale.copy_(torch.where(deviation > 1e-4, 1 / deviation.clamp(min=1e-4), 1.0))
+
+    @torch.no_grad()
+    def begin_with(self, weights: Tensor, bias: Tensor) -> None:
+        """A linear map of shifted and scaled features: `[3, features]` and `[3]`."""
+        self.linear.weight.copy_(weights)
+        self.linear.bias.copy_(bias)
 
     def _columns(self, reads: list[Tensor], mask: Tensor) -> Iterator[Tensor]:
         """The features read by read: `[B, T, width]` each, float32."""

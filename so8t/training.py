@@ -47,8 +47,9 @@ from so8t.streaming import stream
 
 log = logging.getLogger(__name__)
 
-STANDARDISE_ROWS = 512
-"""Training rows over which the head's features are brought to mean 0 and standard deviation 1."""
+STANDARDISE_ROWS, PROBE_ROWS = 512, 8192
+"""Training rows, at most, over which the head's features are brought to mean 0 and standard deviation 1, and from which it
+begins as a logistic regression: their features are in memory together."""
 
 
 def train(composed: DictConfig) -> dict[str, float]:
@@ -199,14 +200,16 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
 
 
 def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bool) -> None:
-    """What is done once before training: the cache is filled, and a new head learns what to shift and scale by."""
+    """What is done once before training: the cache is filled, and a new head learns what to shift and scale by, and where to
+    begin."""
     limit = config.trainer.get("limit_train_batches", 1.0)
     part = isinstance(limit, int) or limit != 1.0 or config.trainer.get("overfit_batches")  # 1 is one batch, 1.0 all
     if not part and config.pet.path == "request":  # an epoch takes all training rows, as `fill_cache` sees them
         title, size = "frozen prefix of the training rows", config.data.eval_batch_size
         fill_cache(module.model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
-    if config.head.standardise and not resumed and config.init_from is None:
-        module.standardise(data.sample(STANDARDISE_ROWS))
+    if (config.head.standardise or config.head.probe) and not resumed and config.init_from is None:
+        rows = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS
+        module.begin_head(data.sample(rows, batch_size=config.data.eval_batch_size))
 
 
 def device_of(config: Config) -> torch.device:

@@ -323,12 +323,10 @@ class SafetyData(L.LightningDataModule):
         # a generator of its own: making an iterator must not draw from the random numbers that training uses
         return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())
 
-    def sample(self, rows: int) -> Iterator[Batch]:
-        """About `rows` training rows, the same for every seed, in batches as they are trained on."""
+    def sample(self, rows: int, *, batch_size: int) -> Iterator[Batch]:
+        """About `rows` training rows, the same for every seed, or all of them if there are fewer."""
         dataset = RecordDataset(self.train, self.template)
-        for batch in LengthSampler(
-            [dataset.length(i) for i in range(len(dataset))], self.spec.batch_size, seed=0, shuffle=True
-        ):
+        for batch in LengthSampler([dataset.length(i) for i in range(len(dataset))], batch_size, seed=0, shuffle=True):
             if rows <= 0:
                 return
             rows -= len(batch)

@@ -1,0 +1,85 @@
+"""A head begins as the logistic regression on the frozen base's states, and gates and head go on from there."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from so8t.config import validate
+from so8t.lightning_module import SO8TModule
+from so8t.model import at_position
+from so8t.training import build, load_data, prepare
+from tests.spies import Spy
+
+C = 0.05
+QUICK = (
+    "base=tiny",
+    "data=jsonl",
+    "gate.top_layers=2",
+    "trainer.accelerator=cpu",
+    "head.reads=[0.25,last]",
+    f"head.probe={C}",
+)
+
+
+@pytest.fixture
+def prepared(make_config, rows_file):
+    """A module that is ready to train, with its data."""
+
+    def make(*overrides):
+        config = validate(make_config(*QUICK, f"data.path={rows_file}", *overrides))
+        torch.manual_seed(0)
+        data = load_data(config)
+        module = build(config, data)
+        prepare(module, config, data, resumed=False)
+        return module.eval(), data
+
+    return make
+
+
+@torch.no_grad()
+def read(module: SO8TModule, data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Standardised features, logits and labels of all training rows at their decisions."""
+    head, features, logits, labels = module.model.head, [], [], []
+    for batch in data.sample(10**6, batch_size=16):
+        reads = module.model.trunk(module.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
+        features.append((at_position(head.features(reads, batch.mask), batch.position) - head.shift) * head.scale)
+        logits.append(at_position(module(batch).logits, batch.position))
+        labels.append(batch.labels)
+    return torch.cat(features), torch.cat(logits), torch.cat(labels)
+
+
+@pytest.mark.parametrize("weights", ["balanced", "null"])
+def test_before_the_first_step_the_head_is_the_logistic_regression(prepared, weights):
+    module, data = prepared(f"loss.class_weights={weights}")
+    features, logits, labels = read(module, data)
+    balance = "balanced" if weights == "balanced" else None
+    wanted = LogisticRegression(C=C, max_iter=2000, class_weight=balance).fit(features.numpy(), labels.numpy())
+    expected = wanted.predict_proba(features.numpy())
+    assert np.ptp(expected[:, 0]) > 0.2, "it tells rows apart"
+    assert logits.softmax(-1).numpy() == pytest.approx(expected, abs=5e-3)
+
+
+def test_features_have_mean_0_and_deviation_1_over_the_training_rows(prepared):
+    features, _, _ = read(*prepared())
+    assert features.mean(0).abs().max() < 1e-3
+    assert features.std(0, correction=0).median() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("overrides", [("head.probe=0",), ("data.train_labels=[ALLOW]",)])
+def test_without_a_probe_or_without_rows_of_every_label_the_head_begins_small_and_at_random(prepared, overrides):
+    module, _ = prepared(*overrides)
+    linear = module.model.head.linear
+    assert float(linear.weight.std()) == pytest.approx(0.001, rel=0.1)
+    assert not linear.bias.any()
+
+
+def test_a_run_that_is_resumed_or_begins_with_another_fits_no_head_again(tiny_run, tmp_path, monkeypatch):
+    short = ("evaluate=false", "trainer.max_epochs=1", f"head.probe={C}", "+callbacks.spy._target_=tests.spies.Spy")
+    first = tmp_path / "first"
+    tiny_run(*short, output_dir=first)
+    ended = {name: p.clone() for name, p in Spy.last.module.model.head.named_parameters()}
+    monkeypatch.setattr(SO8TModule, "begin_head", lambda *_: pytest.fail("the head began anew"))
+    tiny_run(*short, f"init_from={first}", output_dir=tmp_path / "second")
+    assert all(torch.equal(Spy.last.start[f"model.head.{name}"], p) for name, p in ended.items())
+    tiny_run(*short, "trainer.max_epochs=2", f"ckpt_path={first}", output_dir=tmp_path / "third")
