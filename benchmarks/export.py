@@ -1,12 +1,14 @@
 """What it costs to quantise an exported checkpoint again, or to store it in bf16: logits, language and decisions.
 
     .venv/bin/python -m benchmarks.export RUN [--data FILE.jsonl] [--rows N]
+    .venv/bin/python -m benchmarks.export RUN --data RUN/test_predictions.jsonl --rows 740 --kinds float32 --name export_test
 
 Exports the run in float32 into a temporary folder, reads that folder with transformers as it is, in NF4 (double quantisation,
 the embedding and the lm_head left as they are) and in bf16 weights computed in float32, and compares each with the gated agent
 on the same rows: largest logit difference, mean KL divergence of the next-token distributions over all prompt tokens (nats),
 share of tokens whose most likely next token changed, and share of rows whose decision (the policy's, where there is one)
-changed. By default the rows are those of the run's unseen source. Writes `results/export.json`.
+changed. By default the rows are drawn from those of the run's unseen source; the second line is about a whole test split.
+Writes `results/export.json`.
 """
 
 import argparse
@@ -33,15 +35,15 @@ from so8t.files import write_json
 from so8t.labels import LABELS
 from so8t.metrics import SafetyMetrics
 
-KINDS = ("float32, as exported", "bf16 weights", "NF4 again")
+KINDS = {"float32": "float32, as exported", "bf16": "bf16 weights", "nf4": "NF4 again"}
 
 
 def loaded(folder: Path, kind: str) -> PreTrainedModel:
     """The exported checkpoint in one of the three forms; all of them compute in float32."""
-    if kind == "NF4 again":
+    if kind == "nf4":
         spec = BaseSpec(name="exported", source="hub", model_id=str(folder), compute_dtype="float32")
         return load_base(spec, cut=1).causal_lm
-    rounded = torch.bfloat16 if kind == "bf16 weights" else torch.float32
+    rounded = torch.bfloat16 if kind == "bf16" else torch.float32
     return AutoModelForCausalLM.from_pretrained(folder, dtype=rounded).float().eval()
 
 
@@ -53,7 +55,7 @@ def compared(agent: Agent, folder: Path, records: Sequence[Record], kind: str) -
     largest, divergence, moved, tokens_seen, probability, changed = 0.0, 0.0, 0, 0, 0.0, 0
     metrics = {"gated": SafetyMetrics(), "folder": SafetyMetrics()}
     no = torch.zeros(1, dtype=torch.bool)
-    for record in track(records, description=kind, console=Console(stderr=True), transient=True):
+    for record in track(records, description=KINDS[kind], console=Console(stderr=True), transient=True):
         tokens = torch.tensor([agent.template.encode(record.user_request, record.context).tokens])
         mask = torch.ones_like(tokens)
         output = agent.model(agent.model.prefix(tokens, mask), mask)
@@ -92,6 +94,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--data", type=Path, help="JSONL rows (default: RUN/unseen_predictions.jsonl)")
     parser.add_argument("--rows", type=int, default=100, help="rows drawn from them, seed 0 (default 100)")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--name", default="export", help="name of the file in benchmarks/results")
     args = parser.parse_args()
     with reported():
         quieten()
@@ -102,7 +106,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work) / "hf"
             export_hf(agent, folder)
-            results = {kind: compared(agent, folder, chosen, kind) for kind in KINDS}
+            results = {KINDS[kind]: compared(agent, folder, chosen, kind) for kind in args.kinds}
     table = Table(title=f"{agent.model.base.spec.name}, {len(chosen)} rows of {data.name}, against the gated agent")
     table.add_column("checkpoint")
     for key in next(iter(results.values())):
@@ -111,7 +115,7 @@ def main() -> None:
         table.add_row(kind, *(f"{value:.3g}" for value in figures.values()))
     Console(width=200).print(table)
     write_json(
-        RESULTS / "export.json",
+        RESULTS / f"{args.name}.json",
         {"base": agent.model.base.spec.name, "rows": len(chosen), "data": data.name, "machine": machine(), "results": results},
     )
 

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from so8t.adapter import Agent, adapter_to_start_from, save_adapter
@@ -208,8 +209,10 @@ def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bo
         title, size = "frozen prefix of the training rows", config.data.eval_batch_size
         fill_cache(module.model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
     if (config.head.standardise or config.head.probe) and not resumed and config.init_from is None:
-        rows = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS
-        module.begin_head(data.sample(rows, batch_size=config.data.eval_batch_size))
+        most, size = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS, config.data.eval_batch_size
+        batches, count = data.sample(most, batch_size=size), -(-min(most, len(data.train)) // size)
+        title = "where the head begins"
+        module.begin_head(track(batches, title, total=count, console=Console(stderr=True), transient=True))
 
 
 def device_of(config: Config) -> torch.device:
