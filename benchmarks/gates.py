@@ -110,7 +110,6 @@ def one_run(name: str, peer: Peer, seed: int, overrides: list[str]) -> dict[str,
 def baseline_figures(config: Config, data: SafetyData) -> dict[str, dict[str, float]]:
     """Macro-F1 of TF-IDF, the frozen probe and the constants, fitted on the same rows."""
     module = build(config, data)
-    prepare(module, config, data, resumed=False)
     features = {
         part: frozen_features(module.model, getattr(data, part), data.template, batch_size=32, cache=module.cache)
         for part in ("train", "test", "unseen")

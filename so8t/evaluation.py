@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,8 @@ SHOWN = (
 )
 GROUPED = SHOWN[:3]
 """What is told of groups of rows, with intervals."""
+DIGITS = 6
+"""Of a probability in a file."""
 UNKNOWN = "unknown"
 """Language or form of rows that tell none."""
 
@@ -93,7 +96,8 @@ class Predictions:
         """The worst mistakes among rows that did not fail."""
         labels = torch.tensor([int(r.safety_label) for r in records])
         taken = torch.where(self.failed, labels, self.decisions)  # a failure is no mistake
-        return worst_mistakes(self.probabilities.double().numpy(), taken.numpy(), labels.numpy())
+        written = self.probabilities.double().numpy().round(DIGITS)  # as a report reads them, so that ties are the same
+        return worst_mistakes(written, taken.numpy(), labels.numpy())
 
     @classmethod
     def of_probabilities(cls, probabilities: Tensor) -> "Predictions":
@@ -201,11 +205,9 @@ def frozen_features(
     dataset = RecordDataset(records, template)
     features = np.zeros((len(records), model.base.hidden_size))
     keys = [row_key(torch.tensor(encoded.tokens)) for encoded in dataset.encoded]
-    if store is not None:
-        store.refresh()  # other runs write, too
-    todo = [i for i in range(len(records)) if store is None or keys[i] not in store]
-    sampler = LengthSampler([dataset.length(i) for i in todo], batch_size, seed=0, shuffle=False)
-    with model.without_gates():
+    with model.without_gates(), nullcontext() if store is None else store.filling():
+        todo = [i for i, key in enumerate(keys) if store is None or key not in store]
+        sampler = LengthSampler([dataset.length(i) for i in todo], batch_size, seed=0, shuffle=False)
         for picked in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
             rows = [todo[k] for k in picked]
             batch = dataset[rows]
@@ -217,11 +219,9 @@ def frozen_features(
             if store is not None:
                 for i, state in zip(rows, states, strict=True):
                     store.put(keys[i], state[None])
-    for i, key in enumerate(keys):
-        if store is not None and key in store:  # as it rounds, the first time too
-            features[i] = store.get(key)[0].double().numpy()
-    if store is not None:
-        store.flush()
+        for i, key in enumerate(keys):
+            if store is not None and key in store:  # as it rounds, the first time too
+                features[i] = store.get(key)[0].double().numpy()
     return features
 
 
@@ -381,7 +381,7 @@ def write_predictions(
             "user_request": record.user_request,
             **({} if record.context is None else {"context": record.context}),
             "decision": Label(int(predictions.decisions[i])).name,
-            "probabilities": {name: round(float(predictions.probabilities[i, k]), 6) for k, name in enumerate(LABELS)},
+            "probabilities": {name: round(float(predictions.probabilities[i, k]), DIGITS) for k, name in enumerate(LABELS)},
             "safety_label": record.safety_label.name,
             "source": record.source,
         }
@@ -389,7 +389,7 @@ def write_predictions(
             row["failure"] = "a logit was not finite"
         if predictions.unsure[i]:
             row["unsure"] = True
-        if tokens is not None and i in tokens:
+        if tokens is not None and tokens.get(i):
             row["tokens"] = [[token.text, token.label.name] for token in tokens[i]]
         lines.append(json.dumps(row, ensure_ascii=False))
     write_text(path, "\n".join(lines) + "\n")

@@ -1,5 +1,6 @@
 """`SO8TModule`: one training step, its optimiser groups, and what goes into a checkpoint (never the base)."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ from so8t.pet import GroupInertia, PetSpec, centred, temporal_consistency
 from so8t.specs import NotNegative, PositiveInt, ProperFraction, spec
 
 TEST_SETS = ("test", "unseen")
+
+
+log = logging.getLogger(__name__)
 
 
 @spec
@@ -117,22 +121,31 @@ class SO8TModule(L.LightningModule):
     @torch.no_grad()
     def begin_head(self, batches: Iterable[Batch]) -> None:
         """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with,
-        as its spec says; call once, before training from scratch. The gates are the identity then."""
-        head = self.model.head
-        columns, labels, weights = [], [], []
+        as its spec says; call once, before training from scratch. Their features are together in the host's memory."""
+        head, columns, labels, weights = self.model.head, [], [], []
         for batch in batches:
+            labels.append(batch.labels)
+            weights.append(self.class_weights.cpu()[batch.labels] * batch.weights)
             batch = move_data_to_device(batch, self.model.base.device)
-            reads = self.model.trunk(self.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
-            columns.append(at_position(head.features(reads, batch.mask), batch.position).cpu())
-            labels.append(batch.labels.cpu())
-            weights.append((self.class_weights[batch.labels] * batch.weights).cpu())
-        features, label = torch.cat(columns), torch.cat(labels)
+            hidden = self.cache.prefix(batch.tokens, batch.mask)
+            reads = self.model.trunk(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))[1]
+            columns.append(head.features_at(reads, batch.mask, batch.position).cpu())
+        features, label, weight = torch.cat(columns), torch.cat(labels), torch.cat(weights)
         if head.spec.standardise:
-            head.standardise(features.to(head.shift))
-        if head.spec.probe and len(set(label.tolist())) == len(LABELS):
-            turned = (features - head.shift.cpu()) * head.scale.cpu()
-            fitted = fit_linear(turned.numpy(), label.tolist(), c=head.spec.probe, weights=torch.cat(weights).numpy())
-            head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
+            head.standardise(features)
+        if not head.spec.probe:
+            return
+        counted = weight > 0
+        if len(set(label[counted].tolist())) < len(LABELS):
+            log.warning(
+                "the head begins with small random weights: its %d rows lack a label, so no probe was fitted", len(label)
+            )
+            return
+        turned = (features[counted] - head.shift.cpu()) * head.scale.cpu()
+        fitted = fit_linear(
+            turned.numpy(), label[counted].tolist(), c=head.spec.probe, weights=weight[counted].double().numpy()
+        )
+        head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 
     @property
     def progress(self) -> float:

@@ -25,9 +25,9 @@ class HeadSpec:
     the state. With `gate.triality` it reads the authority as well: the form of state, safety view and authority's view of the
     mean state so far. `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal. `standardise`
     brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
-    outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on the
-    frozen base's states, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al. 2022,
-    arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights.
+    outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
+    reads while the gates hardly turn yet, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
+    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
@@ -137,9 +137,10 @@ class SafetyHead(nn.Module):
             if self.spec.pooling != "token":
                 yield scaled(causal_mean(state, mask))
 
-    def features(self, reads: list[Tensor], mask: Tensor) -> Tensor:
-        """What the linear map sees: list of `[B, T, width]` and `[B, T]` to `[B, T, features]`, float32."""
-        return torch.cat(list(self._columns(reads, mask)), dim=-1)
+    def features_at(self, reads: list[Tensor], mask: Tensor, position: Tensor) -> Tensor:
+        """What is shifted and scaled for the linear map at one position a row: list of `[B, T, width]`, `[B, T]` and `[B]` to
+        `[B, features]`, float32."""
+        return torch.cat([at_position(columns, position) for columns in self._columns(reads, mask)], dim=-1)
 
     def forward(self, reads: list[Tensor], mask: Tensor) -> Tensor:
         """Token-level logits: list of `[B, T, width]` and `[B, T]` to `[B, T, 3]`. Read by read: all features of all tokens at

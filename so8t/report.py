@@ -82,7 +82,7 @@ def _setup(run: RunFolder) -> Panel:
         settings = {
             "base, frozen": ("base.name", "base.source", "base.quantization"),
             "gates": ("gate.interior", "gate.top_layers", "gate.sites", "gate.last", "gate.blocks", "gate.map"),
-            "head": ("head.reads", "head.pooling", "head.standardise", "head.dropout"),
+            "head": ("head.reads", "head.pooling", "head.standardise", "head.probe", "head.dropout"),
             "loss": ("loss.cost_weight", "loss.task_weight", "pet.weight", "pet.target", "pet.path"),
             "training": ("seed", "trainer.max_epochs", "data.batch_size", "optim.gate_lr", "optim.head_lr"),
             "kept for the unseen set": ("data.holdout_sources",),
@@ -298,9 +298,9 @@ def _mistakes(run: RunFolder) -> Panel:
         "mistakes",
         "The worst mistakes",
         f"Rows that were decided wrongly, those with the most probable wrong decision first; at most {MOST} of each set. "
-        "Requests are shown as they are in the data, and some are offensive. Behind each token, its context's too, stands what "
-        "was decided after it: ALLOW green, ESCALATE amber and dotted, REFUSE red and underlined. The decision proper is read "
-        "after the template's closing tokens.",
+        "Requests are shown as they are in the data, and some are offensive. Colours tell "
+        "what was decided after each token: ALLOW green, ESCALATE amber and dotted, REFUSE red and underlined. The decision "
+        "proper is read after the template's closing tokens.",
     )
     for title, told in _sets(run, panel):
         rows: list[list[str]] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from so8t.adapter import Agent
+from so8t.data.records import Record
 from so8t.labels import Label
 from so8t.model import Decisions, decide
 
@@ -91,3 +92,15 @@ def stream(agent: Agent, request: str, context: str | None = None) -> Iterator[T
     texts = pieces(agent.template.tokenizer, encoded.tokens[begin:end])
     for text, label, probabilities in zip(texts, decided.labels.tolist(), decided.probabilities.tolist(), strict=True):
         yield TokenDecision(text, Label(label), tuple(probabilities))
+
+
+def request_tokens(agent: Agent, record: Record) -> list[TokenDecision]:
+    """What is decided after each token of a row's request, behind its context; none where the head does not read all of it."""
+    if not agent.template.reads_whole(record.user_request, record.context):
+        return []
+    tokens = list(stream(agent, record.user_request, record.context))
+    begin, left = len(tokens), len(record.user_request)
+    while begin and left > 0:
+        begin -= 1
+        left -= len(tokens[begin].text)
+    return tokens[begin:]

@@ -44,13 +44,13 @@ from so8t.rationale_training import learn
 from so8t.remedies import remedies
 from so8t.report import panels
 from so8t.run_folder import read_run
-from so8t.streaming import stream
+from so8t.streaming import request_tokens
 
 log = logging.getLogger(__name__)
 
 STANDARDISE_ROWS, PROBE_ROWS = 512, 8192
-"""Training rows, at most, over which the head's features are brought to mean 0 and standard deviation 1, and from which it
-begins as a logistic regression: their features are in memory together."""
+"""Training rows, at most, that tell what the head shifts and scales by: without a probe, or in a run on part of the data; and
+with one, which is fitted on the same rows. Their features are in memory together."""
 
 
 def train(composed: DictConfig) -> dict[str, float]:
@@ -78,6 +78,8 @@ def train(composed: DictConfig) -> dict[str, float]:
     module = build(config, data)
     print_model(module, console)
     prepare(module, config, data, resumed=checkpoint is not None)
+    kept = config.evaluate and config.cache.max_gib
+    last_states = PrefixStore.of_last_states(module.model.base, config.cache) if kept else None
 
     write_text(run / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]
@@ -85,7 +87,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     log_settings(loggers, composed, module)
 
-    if config.init_from is not None and checkpoint is None:
+    if checkpoint is None and (config.init_from is not None or config.head.probe):
         trainer.validate(module, data, verbose=False)  # what the guard compares with
     with fused_rotations() if config.compile else nullcontext():
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
@@ -98,7 +100,7 @@ def train(composed: DictConfig) -> dict[str, float]:
         rationales = learn(module.model, data.template, data.train, config.rationale, batch_size=size, seed=config.seed)
         save_adapter(run / "adapter", module.model, data.template, rationales, system_prompt=config.data.system_prompt)
         if config.evaluate:
-            metrics |= evaluate_run(module, data, config, console, loggers)
+            metrics |= evaluate_run(module, data, config, console, loggers, last_states)
         draw(run, callbacks)
         log_panels(loggers, run)
         write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})
@@ -209,10 +211,10 @@ def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bo
         title, size = "frozen prefix of the training rows", config.data.eval_batch_size
         fill_cache(module.model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
     if (config.head.standardise or config.head.probe) and not resumed and config.init_from is None:
-        most, size = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS, config.data.eval_batch_size
-        batches, count = data.sample(most, batch_size=size), -(-min(most, len(data.train)) // size)
+        most = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS
+        batches = data.sample(most, batch_size=config.data.eval_batch_size)
         title = "where the head begins"
-        module.begin_head(track(batches, title, total=count, console=Console(stderr=True), transient=True))
+        module.begin_head(track(batches, title, console=Console(stderr=True), transient=True))
 
 
 def device_of(config: Config) -> torch.device:
@@ -265,16 +267,20 @@ def restore_best(trainer: L.Trainer, module: SO8TModule) -> None:
 
 
 def evaluate_run(
-    module: SO8TModule, data: SafetyData, config: Config, console: Console, loggers: list[Logger]
+    module: SO8TModule,
+    data: SafetyData,
+    config: Config,
+    console: Console,
+    loggers: list[Logger],
+    last_states: PrefixStore | None,
 ) -> dict[str, float]:
     """Mixed test split and unseen sources, with the baselines fitted on the same training rows; prints and writes."""
     model, cache, template = module.model, module.cache, data.template
     run, batch_size = Path(config.paths.output_dir), config.data.eval_batch_size
-    store = PrefixStore.of_last_states(model.base, config.cache) if config.cache.max_gib else None
 
     def features(records: list[Record], what: str) -> Floats:
         title = f"frozen base, {what}"
-        return frozen_features(model, records, template, batch_size=batch_size, cache=cache, store=store, title=title)
+        return frozen_features(model, records, template, batch_size=batch_size, cache=cache, store=last_states, title=title)
 
     baselines = Baselines.fit(data.train, features(data.train, "training rows"))
     baselines.save(run / "baselines")
@@ -288,8 +294,8 @@ def evaluate_run(
         result = evaluate(title, records, predictions, baselines, features(records, title))
         print_evaluation(result, console)
         write_json(run / f"{part}.json", result.as_json())
-        along = {i: list(stream(agent, records[i].user_request, records[i].context)) for i in predictions.worst(records)}
-        write_predictions(run / f"{part}_predictions.jsonl", records, predictions, along)
+        mistakes = {i: request_tokens(agent, records[i]) for i in predictions.worst(records)}
+        write_predictions(run / f"{part}_predictions.jsonl", records, predictions, mistakes)
         plot_confusion(
             result.confusion,
             f"{title}: macro-F1 {result.overall['SO8T'].get('macro_f1', float('nan')):.3f}",

@@ -196,7 +196,14 @@ def test_another_base_quantisation_cut_or_format_has_another_folder(tmp_path, mo
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
-STEPS = ("evaluate=false", "data.batch_size=4", "trainer.max_epochs=1", "trainer.limit_train_batches=20", SPY)
+STEPS = (
+    "evaluate=false",
+    "data.batch_size=4",
+    "data.eval_batch_size=4",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=20",
+    SPY,
+)
 
 
 def own(folder):

@@ -16,7 +16,7 @@ from so8t.data.tokenise import Template
 from so8t.escalations import EscalationQueue
 from so8t.gates import GateSpec
 from so8t.labels import Label
-from so8t.model import HeadSpec, SO8TModel, at_position
+from so8t.model import HeadSpec, SO8TModel
 from so8t.serving.app import make_app
 from so8t.serving.service import make_service
 from so8t.serving.worker import Limits
@@ -147,7 +147,7 @@ def features_of(model, tokens):
     mask = torch.ones_like(tokens)
     with torch.no_grad():
         _, reads = model.trunk(model.prefix(tokens, mask), mask)
-        return at_position(model.head.features(reads, mask), torch.tensor([tokens.shape[1] - 1]))
+        return model.head.features_at(reads, mask, torch.tensor([tokens.shape[1] - 1]))
 
 
 def decided(agent, text):

@@ -134,7 +134,8 @@ def test_the_worst_mistakes_show_what_was_decided_after_each_of_their_tokens(run
     for (request, _, label, decision, *_), parts in zip(table.rows, table.marked, strict=True):
         assert label != decision
         seen = list(stream(agent, request, told[request].get("context")))
-        assert parts == [(token.text, token.label.name) for token in seen]
+        assert parts == [(token.text, token.label.name) for token in seen][-len(parts) :]
+        assert "".join(text for text, _ in parts) == request
     assert sum("tokens" in row for row in rows) == len(table.rows), "and no other row"
     page = Page(render(read_run(run)))
     assert {told.get("class") for tag, told in page.tags if tag == "span"} <= set(LABELS)

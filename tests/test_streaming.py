@@ -9,8 +9,9 @@ import torch
 from so8t.adapter import load_agent
 from so8t.calibration import Policy, Threshold
 from so8t.cli import main
+from so8t.data.records import Record
 from so8t.labels import LABELS, Label
-from so8t.streaming import Stream, along, pieces, stream
+from so8t.streaming import Stream, along, pieces, request_tokens, stream
 
 
 def logits_of(*rows: str) -> torch.Tensor:
@@ -132,3 +133,11 @@ def test_evaluate_tells_detection_and_false_alarms(finished_run, rows_file, caps
     told = " ".join(capsys.readouterr().out.split())
     for text in ("detected by its end", "changes a row", "false alarms per 1,000 tokens"):
         assert text in told
+
+
+def test_of_a_row_the_tokens_of_its_request_are_told_and_none_where_it_is_not_read_whole(finished_run):
+    agent = load_agent(finished_run)
+    told = request_tokens(agent, Record("wire it now", Label.REFUSE, context="a bank's assistant"))
+    assert "".join(token.text for token in told) == "wire it now"
+    assert told == list(stream(agent, "wire it now", "a bank's assistant"))[-len(told) :]
+    assert request_tokens(agent, Record("wire it now " * 200, Label.REFUSE)) == []

@@ -1,5 +1,6 @@
 """The LightningDataModule: sources -> splits -> tokens -> batches of similar length."""
 
+import itertools
 import logging
 import math
 import random
@@ -303,7 +304,7 @@ class SafetyData(L.LightningDataModule):
         dataset = RecordDataset(
             records,
             self.template,
-            weights={name: s.weight for name, s in self.spec.sources.items()},
+            weights=self._weights(),
             task_rows=self.spec.task_rows if shuffle else math.ceil(self.spec.task_rows),
             answer_in_path=self.answer_in_path,
         )
@@ -323,14 +324,16 @@ class SafetyData(L.LightningDataModule):
         # a generator of its own: making an iterator must not draw from the random numbers that training uses
         return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())
 
-    def sample(self, rows: int, *, batch_size: int) -> Iterator[Batch]:
+    def _weights(self) -> dict[str, float]:
+        """How much a row counts, by source."""
+        return {name: source.weight for name, source in self.spec.sources.items()}
+
+    def sample(self, rows: int, *, batch_size: int) -> list[Batch]:
         """About `rows` training rows, the same for every seed, or all of them if there are fewer."""
-        dataset = RecordDataset(self.train, self.template)
-        for batch in LengthSampler([dataset.length(i) for i in range(len(dataset))], batch_size, seed=0, shuffle=True):
-            if rows <= 0:
-                return
-            rows -= len(batch)
-            yield dataset[batch]
+        dataset = RecordDataset(self.train, self.template, weights=self._weights())
+        lengths = [dataset.length(i) for i in range(len(dataset))]
+        chosen = itertools.islice(LengthSampler(lengths, batch_size, seed=0, shuffle=True), -(-rows // batch_size))
+        return [dataset[batch] for batch in chosen]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of training rows."""
