@@ -115,11 +115,12 @@ class SafetyHead(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Measures shift and scale on rows at their decision positions: `[N, features]`. A feature that hardly varies is left
-        as wide as it is."""
-        deviation = features.std(0, correction=0)
-        self.shift.copy_(features.mean(0))
-        self.scale.copy_(torch.where(deviation > 1e-4, 1 / deviation.clamp(min=1e-4), 1.0))
+        """Measures shift and scale on rows at their decision positions: `[N, features]`. A feature that varies by less than a
+        hundredth of its mean is left as wide as it is: what would be widened is rounding, above all in bfloat16."""
+        mean, deviation = features.mean(0), features.std(0, correction=0)
+        least = (0.01 * mean.abs()).clamp(min=1e-4)
+        self.shift.copy_(mean)
+        self.scale.copy_(torch.where(deviation > least, 1 / deviation.clamp(min=1e-4), 1.0))
 
     @torch.no_grad()
     def begin_with(self, weights: Tensor, bias: Tensor) -> None:

@@ -4,7 +4,7 @@ Everything the head reads is causal, so one pass gives what would have been deci
 template's closing tokens, behind which the decision proper is read. Promises of a policy are made for that one alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,13 +79,16 @@ class TokenDecision:
 
 
 @torch.no_grad()
-def stream(agent: Agent, request: str, context: str | None = None) -> Iterator[TokenDecision]:
-    """Decides after each token of a request, the context's included, by the agent's policy where it has one."""
+def stream(
+    agent: Agent, request: str, context: str | None = None, *, prefix: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Iterator[TokenDecision]:
+    """Decides after each token of a request, the context's included, by the agent's policy where it has one. `prefix`: of a
+    cache, in the place of the model's own."""
     encoded = agent.template.encode(request, context)
     tokens = torch.tensor([encoded.tokens], device=agent.model.base.device)
     mask = torch.ones_like(tokens)
     begin, end = encoded.span
-    logits = agent.model(agent.model.prefix(tokens, mask), mask).logits[0, begin:end]
+    logits = agent.model((prefix or agent.model.prefix)(tokens, mask), mask).logits[0, begin:end]
     decided: Decisions = decide(logits, min_confidence=agent.model.head.spec.min_confidence)
     if agent.policy is not None:
         decided = agent.policy.apply(decided)
@@ -94,11 +97,13 @@ def stream(agent: Agent, request: str, context: str | None = None) -> Iterator[T
         yield TokenDecision(text, Label(label), tuple(probabilities))
 
 
-def request_tokens(agent: Agent, record: Record) -> list[TokenDecision]:
+def request_tokens(
+    agent: Agent, record: Record, *, prefix: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> list[TokenDecision]:
     """What is decided after each token of a row's request, behind its context; none where the head does not read all of it."""
     if not agent.template.reads_whole(record.user_request, record.context):
         return []
-    tokens = list(stream(agent, record.user_request, record.context))
+    tokens = list(stream(agent, record.user_request, record.context, prefix=prefix))
     begin, left = len(tokens), len(record.user_request)
     while begin and left > 0:
         begin -= 1

@@ -294,7 +294,7 @@ def evaluate_run(
         result = evaluate(title, records, predictions, baselines, features(records, title))
         print_evaluation(result, console)
         write_json(run / f"{part}.json", result.as_json())
-        mistakes = {i: request_tokens(agent, records[i]) for i in predictions.worst(records)}
+        mistakes = {i: request_tokens(agent, records[i], prefix=cache.prefix) for i in predictions.worst(records)}
         write_predictions(run / f"{part}_predictions.jsonl", records, predictions, mistakes)
         plot_confusion(
             result.confusion,
