@@ -6,6 +6,7 @@ are checked; nothing is unpickled.
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,8 @@ def read_adapter(run: Path) -> Stored:
             )
         if tuple(meta["labels"]) != LABELS:
             raise ArtefactError(f"{folder}: labels are {meta['labels']}, expected {list(LABELS)}")
+        tensors = load((folder / "adapter.safetensors").read_bytes())
+        tensors.setdefault("head.limit", torch.tensor(math.inf))  # adapters from before it had one know no limit
         return Stored(
             folder,
             TypeAdapter(BaseSpec).validate_python(meta["base"]),
@@ -222,7 +225,7 @@ def read_adapter(run: Path) -> Stored:
             TypeAdapter(GateSpec).validate_python(meta["gate"]),
             TypeAdapter(HeadSpec).validate_python(meta["head"]),
             TypeAdapter(TemplateSpec).validate_python(meta["template"]),
-            load((folder / "adapter.safetensors").read_bytes()),
+            tensors,
         )
     except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: the adapter is damaged: {str(error).splitlines()[0]}") from None

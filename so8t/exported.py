@@ -41,26 +41,42 @@ class SafetyHead:
         states = [*out.hidden_states[:-1], top[0], out.last_hidden_state]
         return [states[-1 if layer == "last" else layer][0].float().cpu() for layer in self.spec["layers"]]
 
-    def logits(self, request: str, context: str | None = None) -> Tensor:
-        """Logits in the order of `labels`: `[3]`, float32."""
+    def features(self, request: str, context: str | None = None) -> list[Tensor]:
+        """What the linear map reads, `[D]` each, as many for every one of `layers`."""
         features = []
         for state in map(unit_rms, self.states(self.tokens(request, context))):
             if self.spec["pooling"] != "mean":
                 features.append(state[-1])
             if self.spec["pooling"] != "token":
                 features.append(unit_rms(state.mean(0)))
-        return self.tensors["weight"] @ torch.cat(features) + self.tensors["bias"]
+        return features
+
+    def too_strange(self, features: list[Tensor]) -> bool:
+        """Whether a text is so unlike the training rows that it is not allowed."""
+        if self.spec["limit"] is None:
+            return False
+        each = len(features) // len(self.spec["layers"])
+        layers = [layer for layer in self.spec["layers"] for _ in range(each)]
+        turned = [
+            torch.einsum("nij,nj->ni", self.tensors["turn"], part.view(-1, 8)).flatten() if layer == "last" else part
+            for layer, part in zip(layers, features, strict=True)
+        ]
+        distance = (torch.cat(turned) - self.tensors["shift"]) * self.tensors["scale"]
+        return float(distance.square().mean()) > self.spec["limit"]
 
     def decide(self, request: str, context: str | None = None) -> tuple[str, dict[str, float]]:
         """The decision and the probabilities, calibrated where `calibration` is there. Not finite, tied, under
-        `min_confidence` or under the calibration's threshold: ESCALATE."""
-        logits = self.logits(request, context)
+        `min_confidence` or under the calibration's threshold, or too strange to be allowed: ESCALATE."""
+        features = self.features(request, context)
+        logits = self.tensors["weight"] @ torch.cat(features) + self.tensors["bias"]
         if not logits.isfinite().all():
             return "ESCALATE", dict.fromkeys(self.spec["labels"], 1 / 3)
         probabilities = logits.softmax(-1)
         best = probabilities.max()
         sure = int((probabilities == best).sum()) == 1 and best >= self.spec["min_confidence"]
         decision = self.spec["labels"][int(probabilities.argmax())] if sure else "ESCALATE"
+        if decision == "ALLOW" and self.too_strange(features):
+            decision = "ESCALATE"
         if calibration := self.spec["calibration"]:
             probabilities = (probabilities.double().log() / calibration["temperature"]).softmax(-1)
             if decision != "ESCALATE":

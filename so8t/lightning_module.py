@@ -147,6 +147,19 @@ class SO8TModule(L.LightningModule):
         )
         head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 
+    @torch.no_grad()
+    def limit_strangeness(self, batches: Iterable[Batch]) -> None:
+        """Measures on validation rows how strange what is allowed may be, as the head's spec says; call once, after training:
+        what the gates turn moves what the head reads."""
+        head, found = self.model.head, []
+        if not head.spec.familiar:
+            return
+        self.model.eval()
+        for batch in batches:
+            batch = move_data_to_device(batch, self.model.base.device)
+            found.append(at_position(self(batch).strangeness[..., None], batch.position)[:, 0])
+        head.limit.copy_(torch.cat(found).quantile(head.spec.familiar))
+
     @property
     def progress(self) -> float:
         """How much of the planned optimiser steps is done, 0 to 1."""

@@ -1,5 +1,6 @@
 """Base + gates + safety head: the prefix's hidden states in, token-level safety logits and the task path out."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from so8t.base import SplitBase, layer_at
 from so8t.errors import ConfigError
 from so8t.gates import GateSet, GateSpec, TrialityGate
-from so8t.labels import FAIL_CLOSED, LABELS
+from so8t.labels import FAIL_CLOSED, LABELS, Label
 from so8t.so8 import block_count
 from so8t.specs import Fraction, NotNegative, ProperFraction, spec
 
@@ -27,7 +28,8 @@ class HeadSpec:
     brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
     outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
     reads while the gates hardly turn yet, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
-    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights.
+    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `familiar`: the share of validation
+    rows that count as familiar; what is stranger to the head than they are is not answered ALLOW. 0: nothing is too strange.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
@@ -35,22 +37,25 @@ class HeadSpec:
     pooling: Literal["token", "mean", "both"] = "both"
     standardise: bool = True
     probe: NotNegative = 0.0
+    familiar: Fraction = 0.0
     dropout: ProperFraction = 0.0
     min_confidence: ProperFraction = 0.0
 
 
 @dataclass
 class SafetyOutput:
-    """`logits` `[B, T, 3]`; `safe_view` `[B, T, D]`, the state after `R_safe` that the task path goes on from."""
+    """`logits` `[B, T, 3]`; `safe_view` `[B, T, D]`, the state after `R_safe` that the task path goes on from; `strangeness`
+    `[B, T]`, how unlike the training rows at their decisions."""
 
     logits: Tensor
     safe_view: Tensor
+    strangeness: Tensor
 
 
 @dataclass
 class Decisions:
     """`probabilities` `[B, 3]`, `labels` `[B]`; `failed` rows could not be scored, `unsure` ones were under
-    `head.min_confidence` or a policy's thresholds: both are ESCALATE."""
+    `head.min_confidence` or a policy's thresholds, or too strange to be allowed: both are ESCALATE."""
 
     probabilities: Tensor
     labels: Tensor
@@ -75,11 +80,11 @@ def at_position(x: Tensor, position: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), position]
 
 
-def decide(logits: Tensor, *, min_confidence: float = 0.0) -> Decisions:
+def decide(logits: Tensor, *, min_confidence: float = 0.0, too_strange: Tensor | None = None) -> Decisions:
     """Logits at the decision position to decisions, failing closed: `[B, 3] ->`.
 
     A row with a logit that is not finite is ESCALATE and `failed`; one whose largest probability is below
-    `min_confidence`, or shared by two labels, is ESCALATE and `unsure`.
+    `min_confidence`, or shared by two labels, or that would be ALLOW and is `too_strange` `[B]`, is ESCALATE and `unsure`.
     """
     logits = logits.float()
     failed = ~torch.isfinite(logits).all(-1)
@@ -87,6 +92,8 @@ def decide(logits: Tensor, *, min_confidence: float = 0.0) -> Decisions:
     top, labels = probabilities.max(-1)
     tied = (probabilities == top[:, None]).sum(-1) > 1
     unsure = ~failed & ((top < min_confidence) | tied)
+    if too_strange is not None:
+        unsure |= ~failed & too_strange & (labels == Label.ALLOW)
     labels = torch.where(failed | unsure, int(FAIL_CLOSED), labels)
     return Decisions(probabilities, labels, failed, unsure)
 
@@ -101,6 +108,7 @@ class SafetyHead(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    limit: Tensor
 
     def __init__(self, width: int, spec: HeadSpec, more: int = 0):
         super().__init__()
@@ -112,6 +120,7 @@ class SafetyHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("shift", torch.zeros(count))
         self.register_buffer("scale", torch.ones(count))
+        self.register_buffer("limit", torch.tensor(math.inf))  # of the strangeness of what may be allowed
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
@@ -143,16 +152,18 @@ class SafetyHead(nn.Module):
         `[B, features]`, float32."""
         return torch.cat([at_position(columns, position) for columns in self._columns(reads, mask)], dim=-1)
 
-    def forward(self, reads: list[Tensor], mask: Tensor) -> Tensor:
-        """Token-level logits: list of `[B, T, width]` and `[B, T]` to `[B, T, 3]`. Read by read: all features of all tokens at
-        once would take more memory than the suffix."""
+    def forward(self, reads: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Token-level logits and strangeness, the mean square of the shifted and scaled features, about 1 at the decisions on
+        training rows: list of `[B, T, width]` and `[B, T]` to `[B, T, 3]` and `[B, T]`. Read by read: all features of all
+        tokens at once would take more memory than the suffix."""
         logits: Tensor = self.linear.bias
-        begin = 0
+        squares, begin = mask.new_zeros(mask.shape, dtype=torch.float32), 0
         for columns in self._columns(reads, mask):
             part = slice(begin, begin := begin + columns.shape[-1])
-            turned = self.dropout((columns - self.shift[part]) * self.scale[part])
-            logits = logits + nn.functional.linear(turned, self.linear.weight[:, part])
-        return logits
+            turned = (columns - self.shift[part]) * self.scale[part]
+            squares += torch.linalg.vector_norm(turned.detach(), dim=-1).square()
+            logits = logits + nn.functional.linear(self.dropout(turned), self.linear.weight[:, part])
+        return logits, squares / begin
 
 
 class SO8TModel(nn.Module):
@@ -209,13 +220,16 @@ class SO8TModel(nn.Module):
         return safe, [safe if layer is None else states[layer] for layer in self.layers] + of_gate
 
     def forward(self, hidden: Tensor, mask: Tensor, *, lead: int = 0) -> SafetyOutput:
-        """Safety pass from the prefix's output: `[B, T, (1 + n) D], [B, T] ->` logits `[B, T, 3]` and the safe view."""
+        """Safety pass from the prefix's output: `[B, T, (1 + n) D], [B, T] ->`."""
         safe, reads = self.trunk(hidden, mask, lead=lead)
-        return SafetyOutput(self.head(reads, mask), safe)
+        logits, strangeness = self.head(reads, mask)
+        return SafetyOutput(logits, safe, strangeness)
 
     def decide(self, output: SafetyOutput, position: Tensor) -> Decisions:
         """The decision at each row's last real prompt token."""
-        return decide(at_position(output.logits, position), min_confidence=self.head.spec.min_confidence)
+        too_strange = at_position(output.strangeness[..., None], position)[:, 0] > self.head.limit
+        logits = at_position(output.logits, position)
+        return decide(logits, min_confidence=self.head.spec.min_confidence, too_strange=too_strange)
 
     def task_logits(self, safe_view: Tensor) -> Tensor:
         """The task path: `R_cmd`, then the frozen lm_head: `[..., D] -> [..., V]`."""

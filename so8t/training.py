@@ -96,6 +96,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
 
     if trainer.is_global_zero:
+        module.limit_strangeness(data.val_dataloader())
         size = config.data.batch_size
         rationales = learn(module.model, data.template, data.train, config.rationale, batch_size=size, seed=config.seed)
         save_adapter(run / "adapter", module.model, data.template, rationales, system_prompt=config.data.system_prompt)

@@ -20,6 +20,7 @@ from so8t.data.records import OnBadRow, Record, read_jsonl
 from so8t.data.sources import SourceSpec, load_sources
 from so8t.data.splits import apart_from, split_by_group
 from so8t.data.tokenise import Template, pad_rows
+from so8t.data.weights import row_weights
 from so8t.errors import DataError
 from so8t.labels import LABELS
 from so8t.losses import IGNORE
@@ -33,14 +34,16 @@ class DataSpec:
     """What `conf/data` says.
 
     `holdout_sources` are never trained on: they are the unseen test. Of the training rows, those of `train_labels` are trained
-    on; no other split changes. A share `framed` of the training rows stands in another shape (`framing.py`). `task_rows`
-    language-model sequences go with each batch on average (0.125: one with every eighth).
+    on; no other split changes. A share `framed` of the training rows stands in another shape (`framing.py`). With
+    `reweigh_languages` a row's language says nothing of its label (`weights.py`). `task_rows` language-model sequences go with
+    each batch on average (0.125: one with every eighth).
     """
 
     sources: dict[str, SourceSpec]
     holdout_sources: tuple[str, ...] = ()
     train_labels: tuple[Literal["ALLOW", "ESCALATE", "REFUSE"], ...] = ("ALLOW", "ESCALATE", "REFUSE")
     framed: Fraction = 0.0
+    reweigh_languages: bool = False
     path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
@@ -86,14 +89,14 @@ class RecordDataset(Dataset[Batch]):
         records: Sequence[Record],
         template: Template,
         *,
-        weights: dict[str, float] | None = None,
+        weights: Sequence[float] | None = None,
         task_rows: float = 0.0,
         answer_in_path: bool = False,
     ):
         self.records = list(records)
         self.template = template
         self.task_rows = task_rows
-        self.weights = weights or {}
+        self.weights = [1.0] * len(self.records) if weights is None else list(weights)
         self.encoded = [template.encode(r.user_request, r.context) for r in self.records]
         self.sequences: list[tuple[int, ...]] = []
         self.paths: list[list[tuple[int, int]]] = []
@@ -126,7 +129,7 @@ class RecordDataset(Dataset[Batch]):
             path=path,
             position=torch.tensor([len(self.encoded[i].tokens) - 1 for i in rows]),
             labels=torch.tensor([int(r.safety_label) for r in records]),
-            weights=torch.tensor([self.weights.get(r.source, 1.0) for r in records]),
+            weights=torch.tensor([self.weights[i] for i in rows]),
             rows=torch.tensor(rows),
             task=self._task(rows),
         )
@@ -304,7 +307,7 @@ class SafetyData(L.LightningDataModule):
         dataset = RecordDataset(
             records,
             self.template,
-            weights=self._weights(),
+            weights=self._weights(records),
             task_rows=self.spec.task_rows if shuffle else math.ceil(self.spec.task_rows),
             answer_in_path=self.answer_in_path,
         )
@@ -324,13 +327,14 @@ class SafetyData(L.LightningDataModule):
         # a generator of its own: making an iterator must not draw from the random numbers that training uses
         return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())
 
-    def _weights(self) -> dict[str, float]:
-        """How much a row counts, by source."""
-        return {name: source.weight for name, source in self.spec.sources.items()}
+    def _weights(self, records: list[Record]) -> list[float]:
+        """How much each row counts."""
+        by_source = {name: source.weight for name, source in self.spec.sources.items()}
+        return row_weights(records, by_source, reweigh_languages=self.spec.reweigh_languages)
 
     def sample(self, rows: int, *, batch_size: int) -> list[Batch]:
         """About `rows` training rows, the same for every seed, or all of them if there are fewer."""
-        dataset = RecordDataset(self.train, self.template, weights=self._weights())
+        dataset = RecordDataset(self.train, self.template, weights=self._weights(self.train))
         lengths = [dataset.length(i) for i in range(len(dataset))]
         chosen = itertools.islice(LengthSampler(lengths, batch_size, seed=0, shuffle=True), -(-rows // batch_size))
         return [dataset[batch] for batch in chosen]

@@ -1,0 +1,188 @@
+"""What is unlike everything the head has seen is never allowed: measured, kept with the adapter, and told by exports too."""
+
+import base64
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from so8t.adapter import load_agent
+from so8t.base import shared_lead
+from so8t.config import validate
+from so8t.data.datamodule import RecordDataset
+from so8t.data.sources import load_starter
+from so8t.data.tokenise import Template
+from so8t.errors import ConfigError
+from so8t.export import export_hf
+from so8t.exported import SafetyHead
+from so8t.gates import GateSpec
+from so8t.labels import LABELS, Label
+from so8t.model import HeadSpec, SO8TModel, at_position, decide
+from tests.conftest import TINY
+from tests.test_export import LARGE, PROBES, REQUESTS, make_agent
+from tests.test_head_start import prepared  # noqa: F401  (a fixture)
+
+LOGITS = st.lists(st.tuples(*[st.floats(-20, 20)] * 3), min_size=1, max_size=8)
+
+
+@given(logits=LOGITS, seed=st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_what_is_too_strange_is_never_allowed_and_nothing_else_changes(logits, seed):
+    rows = torch.tensor(logits)
+    strange = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.5
+    before, after = decide(rows), decide(rows, too_strange=strange)
+    assert not (after.labels[strange] == Label.ALLOW).any()
+    held = strange & (before.labels == Label.ALLOW)
+    assert (after.labels[held] == Label.ESCALATE).all()
+    assert after.unsure[held].all()
+    assert torch.equal(after.labels[~held], before.labels[~held])
+    assert torch.equal(after.unsure[~held], before.unsure[~held])
+    assert torch.equal(after.probabilities, before.probabilities)
+
+
+def test_a_failure_that_is_strange_is_counted_once_as_a_failure():
+    decided = decide(torch.full((1, 3), math.nan), too_strange=torch.tensor([True]))
+    assert decided.failed.all()
+    assert not decided.unsure.any()
+
+
+def test_the_limit_is_the_asked_quantile_of_the_validation_rows_after_training(prepared):  # noqa: F811
+    module, data = prepared("head.familiar=0.9")
+    assert module.model.head.limit == math.inf, "before it is measured nothing is too strange"
+    module.limit_strangeness(data.val_dataloader())
+    found = []
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            reads = module.model.trunk(module.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
+            head = module.model.head
+            turned = (head.features_at(reads, batch.mask, batch.position) - head.shift) * head.scale
+            found += turned.square().mean(1).tolist()
+    assert float(module.model.head.limit) == pytest.approx(torch.tensor(found).quantile(0.9).item(), rel=1e-4)
+    above = sum(x > float(module.model.head.limit) for x in found)
+    assert 0 < above <= math.ceil(0.1 * len(found))
+
+
+def test_without_a_share_there_is_no_limit(prepared):  # noqa: F811
+    module, data = prepared("head.familiar=0")
+    module.limit_strangeness(data.val_dataloader())
+    assert module.model.head.limit == math.inf
+
+
+def test_training_rows_have_a_mean_strangeness_of_one(prepared):  # noqa: F811
+    module, data = prepared()
+    with torch.no_grad():
+        found = torch.cat(
+            [at_position(module(b).strangeness[..., None], b.position) for b in data.sample(10**6, batch_size=16)]
+        )
+    scaled = (module.model.head.scale != 1).float().mean()
+    assert float(found.mean()) == pytest.approx(float(scaled), abs=0.02), "features that hardly vary add next to nothing"
+
+
+def test_features_that_are_not_standardised_have_no_strangeness(make_config, rows_file):
+    with pytest.raises(ConfigError, match=r"set head\.standardise=true, or head\.familiar=0"):
+        validate(make_config("base=tiny", "data=jsonl", f"data.path={rows_file}", "head.standardise=false"))
+
+
+# -- kept with the adapter ---------------------------------------------------------------------------------------------
+
+
+def strangeness(agent, request: str) -> float:
+    tokens = torch.tensor([agent.template.encode(request).tokens])
+    with torch.no_grad():
+        return float(
+            agent.model(agent.model.prefix(tokens, torch.ones_like(tokens)), torch.ones_like(tokens)).strangeness[0, -1]
+        )
+
+
+def limited(folder, limit: float, *, always: Label | None = None):
+    """The agent in a folder, with another limit; a head that always gives one label, if asked."""
+    path = folder / "adapter" / "adapter.safetensors"
+    tensors = load_file(path) | {"head.limit": torch.tensor(limit)}
+    if always is not None:
+        tensors["head.linear.weight"] = torch.zeros_like(tensors["head.linear.weight"])
+        tensors["head.linear.bias"] = 2.0 * (torch.arange(len(LABELS)) == int(always))
+    save_file(tensors, path)
+    return load_agent(folder)
+
+
+def test_an_agent_allows_what_is_within_its_limit_and_escalates_what_is_not(tmp_path):
+    agent = make_agent(tmp_path, TINY, GateSpec(**LARGE))
+    told = sorted((strangeness(agent, request), request) for request in (*REQUESTS, *PROBES))
+    half = len(told) // 2
+    agent = limited(tmp_path, (told[half - 1][0] + told[half][0]) / 2, always=Label.ALLOW)
+    decided = agent.decide_many([(request, None) for _, request in told if len(request) < 100])
+    wanted = [int(Label.ALLOW if k < half else Label.ESCALATE) for k, (_, request) in enumerate(told) if len(request) < 100]
+    assert decided.labels.tolist() == wanted
+    assert decided.unsure.tolist() == [label != Label.ALLOW for label in wanted]
+    refusing = limited(tmp_path, 0.0, always=Label.REFUSE)
+    assert refusing.decide("bake bread").labels.tolist() == [int(Label.REFUSE)], "it is no reason to be less strict"
+
+
+def test_an_adapter_from_before_there_was_a_limit_has_none(tmp_path):
+    make_agent(tmp_path, TINY, GateSpec(**LARGE))
+    path = tmp_path / "adapter" / "adapter.safetensors"
+    tensors = load_file(path)
+    del tensors["head.limit"]
+    save_file(tensors, path)
+    assert load_agent(tmp_path).model.head.limit == math.inf
+
+
+# -- and told by exports -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", ["independent", "shared", "leading"])
+@pytest.mark.parametrize("head", [HeadSpec(), HeadSpec(reads=(0.25, "last"), pooling="both"), HeadSpec(pooling="token")])
+def test_an_export_escalates_what_its_agent_finds_too_strange(tmp_path, blocks, head):
+    agent = make_agent(tmp_path, TINY, GateSpec(blocks=blocks, **LARGE), head)
+    told = sorted(strangeness(agent, request) for request in (*REQUESTS, *PROBES))
+    half = len(told) // 2
+    agent = limited(tmp_path, (told[half - 1] + told[half]) / 2, always=Label.ALLOW)
+    export_hf(agent, tmp_path / "hf")
+    reader = SafetyHead(
+        tmp_path / "hf",
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval(),
+        AutoTokenizer.from_pretrained(tmp_path / "hf"),
+    )
+    for request in (*REQUESTS, *PROBES):
+        expected = LABELS[int(agent.look([agent.template.encode(request)]).labels[0])]
+        assert (
+            reader.decide(request)[0]
+            == expected
+            == ("ALLOW" if strangeness(agent, request) <= agent.model.head.limit else "ESCALATE")
+        )
+
+
+def test_an_export_without_a_limit_carries_nothing_for_it(tmp_path):
+    agent = make_agent(tmp_path, TINY, GateSpec(**LARGE))
+    export_hf(agent, tmp_path / "hf")
+    assert set(load_file(tmp_path / "hf" / "safety_head.safetensors")) == {"weight", "bias"}
+
+
+# -- on the real base --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_requests_in_a_code_are_stranger_to_the_real_base_than_requests_in_words(real_base):
+    english = [r for r in load_starter() if r.language == "en" and not r.context and 30 < len(r.user_request) < 90]
+    known, new = english[:192], english[400:432]
+    coded = [dataclasses.replace(r, user_request=base64.b64encode(r.user_request.encode()).decode()) for r in new]
+    model = SO8TModel(real_base, GateSpec(interior="none", last=False), HeadSpec(reads=(0.25, 0.5)))
+    template = Template(real_base.tokenizer, system_prompt="", max_length=160)
+
+    def features(records):
+        dataset, columns = RecordDataset(records, template), []
+        for k in range(0, len(records), 32):
+            batch = dataset[list(range(k, min(k + 32, len(records))))]
+            hidden = model.prefix(batch.tokens, batch.mask)
+            reads = model.trunk(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))[1]
+            columns.append(model.head.features_at(reads, batch.mask, batch.position))
+        return torch.cat(columns)
+
+    model.head.standardise(features(known))
+    words, codes = (((features(rows) - model.head.shift) * model.head.scale).square().mean(1) for rows in (new, coded))
+    assert codes.min() > words.quantile(0.95)
