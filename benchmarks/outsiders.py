@@ -19,11 +19,11 @@ from rich.table import Table
 from benchmarks.gates import RESULTS, machine, spread
 from so8t.adapter import cache_for, load_agent
 from so8t.baselines import Baselines
-from so8t.console import quieten
+from so8t.console import quieten, reported
 from so8t.data.records import Record
 from so8t.data.sources import SourceSpec, load_source
 from so8t.data.splits import apart_from
-from so8t.errors import ArtefactError, reported
+from so8t.errors import ArtefactError
 from so8t.evaluation import Predictions, frozen_features, predict
 from so8t.files import write_json
 from so8t.intervals import decision_intervals, number
