@@ -16,7 +16,7 @@ from so8t.baselines import fit_linear
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import Batch, TaskBatch
 from so8t.errors import ArtefactError, ConfigError
-from so8t.labels import LABELS
+from so8t.labels import LABELS, Label
 from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, path_loss, safety_loss
 from so8t.metrics import SafetyMetrics, flicker
 from so8t.model import SafetyOutput, SO8TModel, at_position
@@ -149,16 +149,19 @@ class SO8TModule(L.LightningModule):
 
     @torch.no_grad()
     def limit_strangeness(self, batches: Iterable[Batch]) -> None:
-        """Measures on validation rows how strange what is allowed may be, as the head's spec says; call once, after training:
-        what the gates turn moves what the head reads."""
+        """Measures on validation rows that are to be allowed how strange that may be, as the head's spec says; call once, after
+        training: what the gates turn moves what the head reads. Without such rows there is no limit."""
         head, found = self.model.head, []
         if not head.spec.familiar:
             return
         self.model.eval()
         for batch in batches:
             batch = move_data_to_device(batch, self.model.base.device)
-            found.append(at_position(self(batch).strangeness[..., None], batch.position)[:, 0])
-        head.limit.copy_(torch.cat(found).quantile(head.spec.familiar))
+            strangeness = at_position(self(batch).strangeness[..., None], batch.position)[:, 0]
+            found.append(strangeness[batch.labels == Label.ALLOW])
+        benign = torch.cat(found)
+        if len(benign):
+            head.limit.copy_(benign.quantile(head.spec.familiar))
 
     @property
     def progress(self) -> float:

@@ -28,8 +28,9 @@ class HeadSpec:
     brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
     outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
     reads while the gates hardly turn yet, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
-    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `familiar`: the share of validation
-    rows that count as familiar; what is stranger to the head than they are is not answered ALLOW. 0: nothing is too strange.
+    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `familiar`: the share of the
+    validation rows labelled ALLOW that count as familiar; what is stranger to the head than they are is not allowed. 0: nothing
+    is too strange.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)

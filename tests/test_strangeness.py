@@ -51,7 +51,7 @@ def test_a_failure_that_is_strange_is_counted_once_as_a_failure():
     assert not decided.unsure.any()
 
 
-def test_the_limit_is_the_asked_quantile_of_the_validation_rows_after_training(prepared):  # noqa: F811
+def test_the_limit_is_the_asked_quantile_of_the_benign_validation_rows_after_training(prepared):  # noqa: F811
     module, data = prepared("head.familiar=0.9")
     assert module.model.head.limit == math.inf, "before it is measured nothing is too strange"
     module.limit_strangeness(data.val_dataloader())
@@ -61,14 +61,17 @@ def test_the_limit_is_the_asked_quantile_of_the_validation_rows_after_training(p
             reads = module.model.trunk(module.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
             head = module.model.head
             turned = (head.features_at(reads, batch.mask, batch.position) - head.shift) * head.scale
-            found += turned.square().mean(1).tolist()
+            found += turned[batch.labels == Label.ALLOW].square().mean(1).tolist()
     assert float(module.model.head.limit) == pytest.approx(torch.tensor(found).quantile(0.9).item(), rel=1e-4)
     above = sum(x > float(module.model.head.limit) for x in found)
     assert 0 < above <= math.ceil(0.1 * len(found))
 
 
-def test_without_a_share_there_is_no_limit(prepared):  # noqa: F811
-    module, data = prepared("head.familiar=0")
+@pytest.mark.parametrize("without", ["a share", "benign rows"])
+def test_without_a_share_or_without_benign_rows_there_is_no_limit(prepared, without):  # noqa: F811
+    module, data = prepared("head.familiar=0" if without == "a share" else "head.familiar=0.9")
+    if without == "benign rows":
+        data.val = [record for record in data.val if record.safety_label != Label.ALLOW]
     module.limit_strangeness(data.val_dataloader())
     assert module.model.head.limit == math.inf
 
