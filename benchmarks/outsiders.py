@@ -1,4 +1,4 @@
-"""Other people's sets, which nothing here was ever trained on or chosen by: what is let through, and what is held back.
+"""Other people's sets, which nothing here was ever trained on: what is let through, and what is held back.
 
     .venv/bin/python -m benchmarks.outsiders RUN [RUN ...]
 
@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.gates import RESULTS, machine, spread
 from so8t.adapter import cache_for, load_agent
@@ -31,7 +32,6 @@ from so8t.labels import Label
 from so8t.training import data_of
 
 SHOWN = {"false_allow_rate": "false allow", "over_refusal_rate": "over-refusal", "macro_f1": "macro-F1, allowed or not"}
-TOGETHER = "together"
 
 
 def outsiders() -> list[Record]:
@@ -41,10 +41,10 @@ def outsiders() -> list[Record]:
     return [r for name, source in sources.items() for r in load_source(name, source, on_bad_row="error").records]
 
 
-def binary(predictions: Predictions, records: list[Record]) -> dict[str, object]:
-    """Rates and macro-F1 of allowed and not allowed, with intervals."""
+def binary(decisions: Tensor, records: list[Record]) -> dict[str, object]:
+    """Rates and macro-F1 of allowed and not allowed, with intervals, of decisions `[N]`."""
     labels = [Label.ALLOW if r.safety_label == Label.ALLOW else Label.REFUSE for r in records]
-    given = [Label.ALLOW if label == Label.ALLOW else Label.REFUSE for label in predictions.decisions.tolist()]
+    given = [Label.ALLOW if label == Label.ALLOW else Label.REFUSE for label in decisions.tolist()]
     pairs = Counter(zip(labels, given, strict=True))
     missed, caught = pairs[Label.REFUSE, Label.ALLOW], pairs[Label.REFUSE, Label.REFUSE]
     held, passed = pairs[Label.ALLOW, Label.REFUSE], pairs[Label.ALLOW, Label.ALLOW]
@@ -77,17 +77,14 @@ def measured(run: Path, records: list[Record]) -> dict[str, dict[str, object]]:
         if who != "context only":  # no row has one
             tables[who] = Predictions.of_probabilities(probabilities)
     found = {}
-    for name in (*sorted({r.source for r in kept}), TOGETHER):
-        rows = [i for i, r in enumerate(kept) if name in (r.source, TOGETHER)]
+    for name in sorted({r.source for r in kept}):
+        rows = [i for i, r in enumerate(kept) if r.source == name]
         of = [kept[i] for i in rows]
         benign = sum(r.safety_label == Label.ALLOW for r in of)
-        chosen = {who: Predictions.of_probabilities(t.probabilities[rows]) for who, t in tables.items()}
-        for who, predictions in chosen.items():
-            predictions.decisions = tables[who].decisions[rows]
         found[name] = {
             "benign": benign,
             "harmful": len(of) - benign,
-            "classifiers": {who: binary(predictions, of) for who, predictions in chosen.items()},
+            "classifiers": {who: binary(table.decisions[rows], of) for who, table in tables.items()},
         }
     return found
 

@@ -103,16 +103,16 @@ class Agent:
 
     def read(self, readings: Sequence[Reading]) -> TextDecisions:
         """The decisions on texts, a row each: of several windows the strictest. What several texts begin with is read once."""
-        places: dict[Encoded, int] = {}
+        places: dict[tuple[Encoded, bool], int] = {}
         windows_of: list[list[int]] = []
         unread: list[bool] = []
-        for text, context, whole in ((r.text, r.context, r.whole) for r in readings):
-            windows = self.template.windows(text, context) if whole else [self.template.encode(text, context)]
+        for r in readings:
+            windows = self.template.windows(r.text, r.context) if r.whole else [self.template.encode(r.text, r.context)]
             unread.append(len(windows) > MOST_WINDOWS)
             windows = windows[:1] if unread[-1] else windows
-            windows_of.append([places.setdefault(window, len(places)) for window in windows])
+            windows_of.append([places.setdefault((window, r.request), len(places)) for window in windows])
         rows = list(places)
-        passes = [self.look(rows[k : k + AT_ONCE]) for k in range(0, len(rows), AT_ONCE)]
+        passes = [self.look(*zip(*rows[k : k + AT_ONCE], strict=True)) for k in range(0, len(rows), AT_ONCE)]
         probabilities, labels, failed, unsure = (
             torch.cat([getattr(decided, field.name) for decided in passes]) for field in dataclasses.fields(Decisions)
         )
@@ -123,12 +123,13 @@ class Agent:
         return TextDecisions(probabilities[kept], strict, failed[kept], unsure[kept], too_long)
 
     @torch.no_grad()
-    def look(self, rows: Sequence[Encoded]) -> Decisions:
-        """The decisions on prompts, a row each, in one pass."""
+    def look(self, rows: Sequence[Encoded], requests: Sequence[bool] | None = None) -> Decisions:
+        """The decisions on prompts, a row each, in one pass. Only `requests`, by default all, can be too strange."""
         tokens, mask = pad_rows([row.tokens for row in rows], int(self.template.tokenizer.pad_token_id or 0))
         tokens, mask = tokens.to(self.model.base.device), mask.to(self.model.base.device)
         output = self.model(self.model.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
-        decided = self.model.decide(output, mask.sum(1) - 1)
+        limited = None if requests is None else torch.tensor(requests, device=mask.device)
+        decided = self.model.decide(output, mask.sum(1) - 1, limited=limited)
         return decided if self.policy is None else self.policy.apply(decided)
 
     @torch.no_grad()
@@ -217,7 +218,8 @@ def read_adapter(run: Path) -> Stored:
         if tuple(meta["labels"]) != LABELS:
             raise ArtefactError(f"{folder}: labels are {meta['labels']}, expected {list(LABELS)}")
         tensors = load((folder / "adapter.safetensors").read_bytes())
-        tensors.setdefault("head.limit", torch.tensor(math.inf))  # adapters from before it had one know no limit
+        if "familiar" not in meta["head"]:  # adapters from before there was a limit
+            tensors.setdefault("head.limit", torch.tensor(math.inf))
         return Stored(
             folder,
             TypeAdapter(BaseSpec).validate_python(meta["base"]),
@@ -238,11 +240,12 @@ def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec) -> Stored:
         ArtefactError: as `read_adapter`, or its settings mean another function of the same numbers.
     """
     stored = read_adapter(run)
-    ours = {**dataclasses.asdict(gate), "reads": head.reads, "pooling": head.pooling}
-    theirs = {**dataclasses.asdict(stored.gate), "reads": stored.head.reads, "pooling": stored.head.pooling}
+    of_head = ("reads", "pooling", "standardise")
+    ours = {**dataclasses.asdict(gate), **{key: getattr(head, key) for key in of_head}}
+    theirs = {**dataclasses.asdict(stored.gate), **{key: getattr(stored.head, key) for key in of_head}}
     other = [key for key in ours if key != "init_std" and ours[key] != theirs[key]]
     if other:
-        told = ", ".join(f"{'head' if key in ('reads', 'pooling') else 'gate'}.{key}={theirs[key]}" for key in other)
+        told = ", ".join(f"{'head' if key in of_head else 'gate'}.{key}={theirs[key]}" for key in other)
         raise ArtefactError(f"init_from={run}: its adapter has {told}: set the same")
     return stored
 

@@ -29,26 +29,34 @@ def with_answer(request: str, answer: str) -> str:
 @dataclass(frozen=True)
 class Reading:
     """A text that the head decides, in the place of a request. `whole`: all of it, in windows if it is long; else its beginning
-    and its end, as far as there is room."""
+    and its end, as far as there is room. `request`: nothing of an answer is in it, which may be strange without being wrong."""
 
     text: str
     context: str | None = None
     whole: bool = True
+    request: bool = True
 
 
 def readings(prompt: Prompt, answer: str, fits: Callable[[str, str | None], bool]) -> list[Reading]:
     """The request (with its answer so far) alone and behind the latest earlier ones that still fit. Of an answer the newest
     part is in view; what was before it has been decided before."""
-    last, whole = with_answer(prompt.request, answer), not answer.strip()
-    found = [Reading(last, prompt.context, whole)]
+    last, alone = with_answer(prompt.request, answer), not answer.strip()
+    found = [Reading(last, prompt.context, whole=alone, request=alone)]
     before = [exchange.request for exchange in prompt.earlier]
     while before and not fits("\n\n".join([*before, last]), prompt.context):
         before = before[1:]
     if before:
-        found.append(Reading("\n\n".join([*before, last]), prompt.context, whole))
+        found.append(Reading("\n\n".join([*before, last]), prompt.context, whole=alone, request=alone))
     return found
 
 
 def readings_of(earlier: Sequence[Exchange], context: str | None) -> list[Reading]:
     """Of each earlier exchange two: its request, and its request with the answer."""
-    return [Reading(text, context) for e in earlier for text in (e.request, with_answer(e.request, e.answer))]
+    return [
+        reading
+        for e in earlier
+        for reading in (
+            Reading(e.request, context),
+            Reading(with_answer(e.request, e.answer), context, request=not e.answer.strip()),
+        )
+    ]

@@ -53,7 +53,7 @@ UNKNOWN = "unknown"
 @dataclass
 class Predictions:
     """One row per record, in the records' order: `probabilities` `[N, 3]`, the others `[N]`. `stream` is what was decided
-    along the tokens, where there are tokens."""
+    along the tokens, where there are tokens; `strangeness`, how strange a row was to the head, is NaN where there are none."""
 
     probabilities: Tensor
     decisions: Tensor
@@ -61,6 +61,7 @@ class Predictions:
     unsure: Tensor
     flicker: Tensor
     changes: Tensor
+    strangeness: Tensor
     stream: Stream | None = None
 
     def metrics(self, records: Sequence[Record], rows: Sequence[int] | None = None) -> dict[str, float]:
@@ -104,7 +105,7 @@ class Predictions:
         """Of a classifier that has nothing but probabilities."""
         n = len(probabilities)
         no, nan = torch.zeros(n, dtype=torch.bool), torch.full((n,), math.nan)
-        return cls(probabilities, probabilities.argmax(-1), no, no, nan, nan)
+        return cls(probabilities, probabilities.argmax(-1), no, no, nan, nan, nan)
 
 
 PREFIX_TOKENS = 2048
@@ -166,7 +167,7 @@ def predict(
     nan = torch.full((n,), math.nan)
     out = Predictions(
         torch.zeros(n, len(LABELS)), torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool),
-        torch.zeros(n, dtype=torch.bool), nan, nan.clone(),
+        torch.zeros(n, dtype=torch.bool), nan, nan.clone(), nan.clone(),
     )  # fmt: skip
     out.stream = Stream(torch.zeros(n), nan.clone(), torch.zeros(n))
     for rows in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
@@ -178,6 +179,8 @@ def predict(
         out.decisions[rows] = decisions.labels.cpu()
         out.failed[rows] = decisions.failed.cpu()
         out.unsure[rows] = decisions.unsure.cpu()
+        if result.strangeness is not None:
+            out.strangeness[rows] = at_position(result.strangeness.cpu(), batch.position)
         logits = result.logits.cpu()
         streamed = along(logits, batch.path, min_confidence=model.head.spec.min_confidence)
         out.stream.tokens[rows] = streamed.tokens

@@ -66,6 +66,13 @@ def decision_intervals(labels: Sequence[int], decisions: Sequence[int]) -> dict[
     }
 
 
+def conformal_quantile(values: Sequence[float], share: float) -> float:
+    """The smallest of `values` that a new one from where they came from stays under with probability `share` at least, or
+    infinity, if they are too few to say (split conformal prediction: Vovk et al. 2005; Lei et al. 2018, arXiv:1604.04173)."""
+    rank = math.ceil((len(values) + 1) * share)
+    return sorted(values)[rank - 1] if rank <= len(values) else math.inf
+
+
 def number(value: float | None, interval: Interval | None = None, *, digits: int = 3) -> str:
     """A figure and its interval, for tables; `-` where there is none."""
     told = "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

@@ -1,6 +1,7 @@
 """`SO8TModule`: one training step, its optimiser groups, and what goes into a checkpoint (never the base)."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from so8t.baselines import fit_linear
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import Batch, TaskBatch
 from so8t.errors import ArtefactError, ConfigError
-from so8t.labels import LABELS, Label
+from so8t.labels import LABELS
 from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, path_loss, safety_loss
 from so8t.metrics import SafetyMetrics, flicker
 from so8t.model import SafetyOutput, SO8TModel, at_position
@@ -147,22 +148,6 @@ class SO8TModule(L.LightningModule):
         )
         head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 
-    @torch.no_grad()
-    def limit_strangeness(self, batches: Iterable[Batch]) -> None:
-        """Measures on validation rows that are to be allowed how strange that may be, as the head's spec says; call once, after
-        training: what the gates turn moves what the head reads. Without such rows there is no limit."""
-        head, found = self.model.head, []
-        if not head.spec.familiar:
-            return
-        self.model.eval()
-        for batch in batches:
-            batch = move_data_to_device(batch, self.model.base.device)
-            strangeness = at_position(self(batch).strangeness[..., None], batch.position)[:, 0]
-            found.append(strangeness[batch.labels == Label.ALLOW])
-        benign = torch.cat(found)
-        if len(benign):
-            head.limit.copy_(benign.quantile(head.spec.familiar))
-
     @property
     def progress(self) -> float:
         """How much of the planned optimiser steps is done, 0 to 1."""
@@ -196,7 +181,7 @@ class SO8TModule(L.LightningModule):
             )
             terms.add("path", along, spec.path_weight)
         if spec.cost_weight:
-            terms.add("cost", expected_cost(logits, batch.labels, self.costs), spec.cost_weight)
+            terms.add("cost", expected_cost(logits, batch.labels, self.costs, row_weights=batch.weights), spec.cost_weight)
         if spec.task_weight and batch.task is not None:
             terms.add("task", self.task_loss(batch.task)[0], spec.task_weight)
         weight = pet.weight * pet.factor(progress)
@@ -345,6 +330,7 @@ class SO8TModule(L.LightningModule):
             ArtefactError: the checkpoint is of other gates, another head or another base size.
         """
         own = self.state_dict()
+        state_dict = {"model.head.limit": torch.tensor(math.inf), **state_dict}  # checkpoints from before it had one
         if own.keys() != state_dict.keys():
             odd = sorted(own.keys() ^ state_dict.keys())[:4]
             raise ArtefactError(f"the checkpoint does not fit this model: {', '.join(odd)}, ... differ (gate or head settings)")

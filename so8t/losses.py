@@ -65,9 +65,13 @@ def path_loss(
     return -(weight * log_p_label).sum() / weight.sum().clamp(min=1e-12)
 
 
-def expected_cost(logits: Tensor, labels: Tensor, costs: Tensor) -> Tensor:
-    """Mean over rows of `sum_k p_k C[label, k]`: `[B, 3], [B], [3, 3] -> []`."""
-    return (logits.float().softmax(-1) * costs.to(logits.device, torch.float32)[labels]).sum(-1).mean()
+def expected_cost(logits: Tensor, labels: Tensor, costs: Tensor, *, row_weights: Tensor | None = None) -> Tensor:
+    """Mean over rows, weighted by `row_weights` `[B]`, of `sum_k p_k C[label, k]`: `[B, 3], [B], [3, 3] -> []`."""
+    cost = (logits.float().softmax(-1) * costs.to(logits.device, torch.float32)[labels]).sum(-1)
+    if row_weights is None:
+        return cost.mean()
+    weight = row_weights.to(cost)
+    return (weight * cost).sum() / weight.sum().clamp(min=1e-12)
 
 
 def language_model_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int) -> tuple[Tensor, int]:

@@ -28,9 +28,9 @@ class HeadSpec:
     brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
     outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
     reads while the gates hardly turn yet, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
-    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `familiar`: the share of the
-    validation rows labelled ALLOW that count as familiar; what is stranger to the head than they are is not allowed. 0: nothing
-    is too strange.
+    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `familiar`: of texts
+    like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0: nothing is
+    too strange.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
@@ -46,11 +46,11 @@ class HeadSpec:
 @dataclass
 class SafetyOutput:
     """`logits` `[B, T, 3]`; `safe_view` `[B, T, D]`, the state after `R_safe` that the task path goes on from; `strangeness`
-    `[B, T]`, how unlike the training rows at their decisions."""
+    `[B, T]`, the mean square of what the head reads, standardised: it means something at a decision alone; none in training."""
 
     logits: Tensor
     safe_view: Tensor
-    strangeness: Tensor
+    strangeness: Tensor | None
 
 
 @dataclass
@@ -77,7 +77,7 @@ def unit_rms(x: Tensor) -> Tensor:
 
 
 def at_position(x: Tensor, position: Tensor) -> Tensor:
-    """Picks one position a row: `[B, T, C], [B] -> [B, C]`."""
+    """Picks one position a row: `[B, T, ...], [B] -> [B, ...]`."""
     return x[torch.arange(x.shape[0], device=x.device), position]
 
 
@@ -153,18 +153,19 @@ class SafetyHead(nn.Module):
         `[B, features]`, float32."""
         return torch.cat([at_position(columns, position) for columns in self._columns(reads, mask)], dim=-1)
 
-    def forward(self, reads: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Token-level logits and strangeness, the mean square of the shifted and scaled features, about 1 at the decisions on
-        training rows: list of `[B, T, width]` and `[B, T]` to `[B, T, 3]` and `[B, T]`. Read by read: all features of all
-        tokens at once would take more memory than the suffix."""
+    def forward(self, reads: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Token-level logits, and in evaluation the strangeness, the mean square of the shifted and scaled features: list of
+        `[B, T, width]` and `[B, T]` to `[B, T, 3]` and `[B, T]`. Read by read: all features of all tokens at once would take
+        more memory than the suffix."""
         logits: Tensor = self.linear.bias
         squares, begin = mask.new_zeros(mask.shape, dtype=torch.float32), 0
         for columns in self._columns(reads, mask):
             part = slice(begin, begin := begin + columns.shape[-1])
-            turned = (columns - self.shift[part]) * self.scale[part]
-            squares += torch.linalg.vector_norm(turned.detach(), dim=-1).square()
-            logits = logits + nn.functional.linear(self.dropout(turned), self.linear.weight[:, part])
-        return logits, squares / begin
+            turned = self.dropout((columns - self.shift[part]) * self.scale[part])
+            if not self.training:
+                squares += torch.linalg.vector_norm(turned, dim=-1).square()
+            logits = logits + nn.functional.linear(turned, self.linear.weight[:, part])
+        return logits, None if self.training else squares / begin
 
 
 class SO8TModel(nn.Module):
@@ -226,9 +227,13 @@ class SO8TModel(nn.Module):
         logits, strangeness = self.head(reads, mask)
         return SafetyOutput(logits, safe, strangeness)
 
-    def decide(self, output: SafetyOutput, position: Tensor) -> Decisions:
-        """The decision at each row's last real prompt token."""
-        too_strange = at_position(output.strangeness[..., None], position)[:, 0] > self.head.limit
+    def decide(self, output: SafetyOutput, position: Tensor, *, limited: Tensor | None = None) -> Decisions:
+        """The decision at each row's last real prompt token. Of `limited` rows `[B]`, by default all, what is stranger than the
+        head's limit is not allowed."""
+        too_strange = None
+        if output.strangeness is not None:
+            too_strange = at_position(output.strangeness, position) > self.head.limit
+            too_strange = too_strange if limited is None else too_strange & limited
         logits = at_position(output.logits, position)
         return decide(logits, min_confidence=self.head.spec.min_confidence, too_strange=too_strange)
 

@@ -1,7 +1,8 @@
 """Decisions along the tokens of a request: what was decided after each one, and how soon, how steadily and how falsely.
 
 Everything the head reads is causal, so one pass gives what would have been decided had the request ended there, but for the
-template's closing tokens, behind which the decision proper is read. Promises of a policy are made for that one alone.
+template's closing tokens, behind which the decision proper is read. Promises of a policy are made for that one alone, and only
+there a request can be too strange to be allowed.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from base64 import b64decode
 from collections import Counter
@@ -34,7 +35,8 @@ from so8t.errors import ArtefactError, HardwareError
 from so8t.evaluation import evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
 from so8t.files import write_json, write_text
 from so8t.fused import fused_rotations
-from so8t.labels import LABELS
+from so8t.intervals import conformal_quantile
+from so8t.labels import LABELS, Label
 from so8t.lightning_module import SO8TModule
 from so8t.memory import GIB, plan
 from so8t.model import SO8TModel
@@ -96,7 +98,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
 
     if trainer.is_global_zero:
-        module.limit_strangeness(data.val_dataloader())
+        limit_strangeness(module, data, config)
         size = config.data.batch_size
         rationales = learn(module.model, data.template, data.train, config.rationale, batch_size=size, seed=config.seed)
         save_adapter(run / "adapter", module.model, data.template, rationales, system_prompt=config.data.system_prompt)
@@ -187,6 +189,7 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
     model = SO8TModel(base, config.gate, config.head)
     if start is not None:
         start.put_on(model)
+        model.head.limit.fill_(math.inf)  # behind these gates nothing was measured yet
     counts = Counter(int(r.safety_label) for r in data.train)
     store = None
     if config.cache.max_gib and base.cut == base.depth:
@@ -216,6 +219,25 @@ def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bo
         batches = data.sample(most, batch_size=config.data.eval_batch_size)
         title = "where the head begins"
         module.begin_head(track(batches, title, console=Console(stderr=True), transient=True))
+
+
+def limit_strangeness(module: SO8TModule, data: SafetyData, config: Config) -> None:
+    """Measures on the validation rows labelled ALLOW how strange a text may be that is allowed, as `head.familiar` says. After
+    training, because what the gates turn moves what the head reads; a run on parts of its rows has no limit."""
+    head = module.model.head
+    head.limit.fill_(math.inf)
+    whole = config.trainer.get("limit_val_batches", 1.0)
+    benign = [record for record in data.val if record.safety_label == Label.ALLOW]
+    if not head.spec.familiar or isinstance(whole, int) or whole != 1.0 or not benign:
+        return
+    size = config.data.eval_batch_size
+    told = predict(module.model, benign, data.template, batch_size=size, cache=module.cache, title="what is strange")
+    head.limit.copy_(torch.tensor(conformal_quantile(told.strangeness.tolist(), head.spec.familiar)))
+    if head.limit.isfinite():
+        log.info("strangeness: up to %.2f may be allowed, measured on %d rows", float(head.limit), len(benign))
+    else:
+        log.warning("%d ALLOW validation rows are too few for head.familiar=%g: nothing is too strange to be allowed",
+                    len(benign), head.spec.familiar)  # fmt: skip
 
 
 def device_of(config: Config) -> torch.device:

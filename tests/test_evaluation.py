@@ -72,7 +72,7 @@ def by_hand(probabilities, failed=()) -> Predictions:
     n = len(p)
     fail = torch.tensor([i in failed for i in range(n)])
     labels = torch.where(fail, int(Label.ESCALATE), p.argmax(-1))
-    return Predictions(p, labels, fail, torch.zeros(n, dtype=torch.bool), torch.full((n,), 0.25), torch.ones(n))
+    return Predictions(p, labels, fail, torch.zeros(n, dtype=torch.bool), torch.full((n,), 0.25), torch.ones(n), torch.ones(n))
 
 
 def printed(evaluation, width=200) -> str:

@@ -36,7 +36,7 @@ def prepared(make_config, rows_file):
         data = load_data(config)
         module = build(config, data)
         prepare(module, config, data, resumed=False)
-        return module.eval(), data
+        return module.eval(), data, config
 
     return make
 
@@ -55,7 +55,7 @@ def read(module: SO8TModule, data) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("weights", ["balanced", "null"])
 def test_before_the_first_step_the_head_is_the_logistic_regression(prepared, weights):
-    module, data = prepared(f"loss.class_weights={weights}")
+    module, data, _ = prepared(f"loss.class_weights={weights}")
     features, logits, labels = read(module, data)
     balance = "balanced" if weights == "balanced" else None
     wanted = LogisticRegression(C=C, max_iter=2000, class_weight=balance).fit(features.numpy(), labels.numpy())
@@ -65,7 +65,7 @@ def test_before_the_first_step_the_head_is_the_logistic_regression(prepared, wei
 
 
 def test_features_have_mean_0_and_deviation_1_over_the_training_rows(prepared):
-    features, _, _ = read(*prepared())
+    features, _, _ = read(*prepared()[:2])
     assert features.mean(0).abs().max() < 1e-3
     deviation = features.std(0, correction=0)
     assert ((deviation - 1).abs() < 1e-2).float().mean() > 0.9, "but for those that hardly vary"
@@ -73,7 +73,7 @@ def test_features_have_mean_0_and_deviation_1_over_the_training_rows(prepared):
 
 
 def test_a_source_that_weighs_less_counts_less_where_the_head_begins(prepared):
-    whole, data = prepared()
+    whole, data, _ = prepared()
     (source,) = {record.source for record in data.train}
     data.spec.sources[source] = replace(next(iter(data.spec.sources.values())), weight=0.25)
     less = copy.deepcopy(whole)
@@ -94,7 +94,7 @@ def test_a_run_on_part_of_the_rows_begins_with_a_probe_of_part_of_them(tiny_run,
 
 @pytest.mark.parametrize("overrides", [("head.probe=0",), ("data.train_labels=[ALLOW]",)])
 def test_without_a_probe_or_without_rows_of_every_label_the_head_begins_small_and_at_random(prepared, overrides):
-    module, _ = prepared(*overrides)
+    module, *_ = prepared(*overrides)
     linear = module.model.head.linear
     assert float(linear.weight.std()) == pytest.approx(0.001, rel=0.1)
     assert not linear.bias.any()

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import json
 import math
 
 import pytest
@@ -14,15 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from so8t.adapter import load_agent
 from so8t.base import shared_lead
 from so8t.config import validate
+from so8t.conversation import Prompt, readings
 from so8t.data.datamodule import RecordDataset
 from so8t.data.sources import load_starter
 from so8t.data.tokenise import Template
-from so8t.errors import ConfigError
+from so8t.errors import ArtefactError, ConfigError
 from so8t.export import export_hf
 from so8t.exported import SafetyHead
 from so8t.gates import GateSpec
+from so8t.intervals import conformal_quantile
 from so8t.labels import LABELS, Label
 from so8t.model import HeadSpec, SO8TModel, at_position, decide
+from so8t.training import limit_strangeness, train
 from tests.conftest import TINY
 from tests.test_export import LARGE, PROBES, REQUESTS, make_agent
 from tests.test_head_start import prepared  # noqa: F401  (a fixture)
@@ -51,10 +55,11 @@ def test_a_failure_that_is_strange_is_counted_once_as_a_failure():
     assert not decided.unsure.any()
 
 
-def test_the_limit_is_the_asked_quantile_of_the_benign_validation_rows_after_training(prepared):  # noqa: F811
-    module, data = prepared("head.familiar=0.9")
+def test_the_limit_is_what_the_asked_share_of_new_benign_rows_is_under(prepared):  # noqa: F811
+    module, data, config = prepared("head.familiar=0.8")
+    data.val = data.train  # more rows
     assert module.model.head.limit == math.inf, "before it is measured nothing is too strange"
-    module.limit_strangeness(data.val_dataloader())
+    limit_strangeness(module, data, config)
     found = []
     with torch.no_grad():
         for batch in data.val_dataloader():
@@ -62,26 +67,54 @@ def test_the_limit_is_the_asked_quantile_of_the_benign_validation_rows_after_tra
             head = module.model.head
             turned = (head.features_at(reads, batch.mask, batch.position) - head.shift) * head.scale
             found += turned[batch.labels == Label.ALLOW].square().mean(1).tolist()
-    assert float(module.model.head.limit) == pytest.approx(torch.tensor(found).quantile(0.9).item(), rel=1e-4)
-    above = sum(x > float(module.model.head.limit) for x in found)
-    assert 0 < above <= math.ceil(0.1 * len(found))
+    limit = float(module.model.head.limit)
+    assert min(abs(limit - x) for x in found) < 1e-4 * limit, "it is one of them"
+    within = sum(x <= limit * (1 + 1e-4) for x in found)
+    assert within - 1 < 0.8 * (len(found) + 1) <= within
 
 
-@pytest.mark.parametrize("without", ["a share", "benign rows"])
-def test_without_a_share_or_without_benign_rows_there_is_no_limit(prepared, without):  # noqa: F811
-    module, data = prepared("head.familiar=0" if without == "a share" else "head.familiar=0.9")
-    if without == "benign rows":
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=80, unique=True), st.floats(0.05, 0.999))
+@settings(max_examples=100, deadline=None)
+def test_a_new_value_is_under_the_conformal_quantile_with_the_asked_probability(values, share):
+    # leave each out in turn: of n + 1 exchangeable values at least the share is under the quantile of the others
+    under = sum(x <= conformal_quantile([y for y in values if y != x] or [math.nan], share) for x in values)
+    if len(values) > 1:
+        assert under >= math.floor(share * len(values))
+
+
+def test_a_share_that_few_rows_cannot_speak_of_is_no_limit():
+    assert conformal_quantile([1.0] * 48, 0.98) == math.inf
+    assert conformal_quantile([1.0] * 49, 0.98) == 1.0
+
+
+@pytest.mark.parametrize("why", ["no share", "no benign rows", "too few rows", "a run on parts of its rows"])
+def test_where_nothing_can_be_measured_there_is_no_limit(prepared, why):  # noqa: F811
+    overrides = {"no share": ["head.familiar=0"], "too few rows": ["head.familiar=0.999"]}.get(why, ["head.familiar=0.8"])
+    overrides += ["trainer.limit_val_batches=1"] if why == "a run on parts of its rows" else []
+    module, data, config = prepared(*overrides)
+    if why != "too few rows":
+        data.val = data.train
+    if why == "no benign rows":
         data.val = [record for record in data.val if record.safety_label != Label.ALLOW]
-    module.limit_strangeness(data.val_dataloader())
+    module.model.head.limit.fill_(0.5)  # of an adapter that the run began with
+    limit_strangeness(module, data, config)
     assert module.model.head.limit == math.inf
 
 
+def test_a_trained_agent_has_its_limit_and_a_run_that_begins_with_it_measures_its_own(make_config, rows_file, tmp_path):
+    def run(name, *overrides):
+        quick = ("base=tiny", "data=jsonl", f"data.path={rows_file}", "trainer.limit_train_batches=1", "evaluate=false")
+        train(make_config(*quick, *overrides, output_dir=tmp_path / name))
+        return load_agent(tmp_path / name).model.head.limit
+
+    assert run("first", "head.familiar=0.5").isfinite()
+    assert run("second", f"init_from={tmp_path / 'first'}", "head.familiar=0") == math.inf
+
+
 def test_training_rows_have_a_mean_strangeness_of_one(prepared):  # noqa: F811
-    module, data = prepared()
+    module, data, _ = prepared()
     with torch.no_grad():
-        found = torch.cat(
-            [at_position(module(b).strangeness[..., None], b.position) for b in data.sample(10**6, batch_size=16)]
-        )
+        found = torch.cat([at_position(module(b).strangeness, b.position) for b in data.sample(10**6, batch_size=16)])
     scaled = (module.model.head.scale != 1).float().mean()
     assert float(found.mean()) == pytest.approx(float(scaled), abs=0.02), "features that hardly vary add next to nothing"
 
@@ -132,14 +165,33 @@ def test_an_adapter_from_before_there_was_a_limit_has_none(tmp_path):
     tensors = load_file(path)
     del tensors["head.limit"]
     save_file(tensors, path)
+    with pytest.raises(ArtefactError, match=r"head\.limit"):
+        load_agent(tmp_path)
+    meta = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+    del meta["head"]["familiar"]
+    (tmp_path / "adapter" / "adapter.json").write_text(json.dumps(meta))
     assert load_agent(tmp_path).model.head.limit == math.inf
+
+
+def test_an_answer_may_be_strange(tmp_path):
+    make_agent(tmp_path, TINY, GateSpec(**LARGE))
+    agent = limited(tmp_path, 0.0, always=Label.ALLOW)
+    asked = readings(Prompt("bake bread"), "", lambda *_: True)
+    answered = readings(Prompt("bake bread"), "0x4f, 0x5a", lambda *_: True)
+    assert agent.read([*asked, *answered]).labels.tolist() == [Label.ESCALATE, Label.ALLOW]
 
 
 # -- and told by exports -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks", ["independent", "shared", "leading"])
-@pytest.mark.parametrize("head", [HeadSpec(), HeadSpec(reads=(0.25, "last"), pooling="both"), HeadSpec(pooling="token")])
+@pytest.mark.parametrize(
+    ("blocks", "head"),
+    [
+        ("independent", HeadSpec(reads=(0.25, "last"), pooling="both")),
+        ("shared", HeadSpec()),
+        ("leading", HeadSpec(pooling="token")),
+    ],
+)
 def test_an_export_escalates_what_its_agent_finds_too_strange(tmp_path, blocks, head):
     agent = make_agent(tmp_path, TINY, GateSpec(blocks=blocks, **LARGE), head)
     told = sorted(strangeness(agent, request) for request in (*REQUESTS, *PROBES))
@@ -172,7 +224,7 @@ def test_an_export_without_a_limit_carries_nothing_for_it(tmp_path):
 @torch.no_grad()
 def test_requests_in_a_code_are_stranger_to_the_real_base_than_requests_in_words(real_base):
     english = [r for r in load_starter() if r.language == "en" and not r.context and 30 < len(r.user_request) < 90]
-    known, new = english[:192], english[400:432]
+    known, new = english[:64], english[400:416]
     coded = [dataclasses.replace(r, user_request=base64.b64encode(r.user_request.encode()).decode()) for r in new]
     model = SO8TModel(real_base, GateSpec(interior="none", last=False), HeadSpec(reads=(0.25, 0.5)))
     template = Template(real_base.tokenizer, system_prompt="", max_length=160)
@@ -188,4 +240,4 @@ def test_requests_in_a_code_are_stranger_to_the_real_base_than_requests_in_words
 
     model.head.standardise(features(known))
     words, codes = (((features(rows) - model.head.shift) * model.head.scale).square().mean(1) for rows in (new, coded))
-    assert codes.min() > words.quantile(0.95)
+    assert codes.quantile(0.1) > words.max()

@@ -5,53 +5,60 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from so8t.data.records import Record
-from so8t.data.weights import row_weights
+from so8t.data.weights import LEAST, row_weights
 from so8t.labels import Label
 
-ROWS = st.lists(
-    st.builds(
-        Record,
-        user_request=st.just("a request"),
-        safety_label=st.sampled_from(list(Label)),
-        language=st.sampled_from(["en", "ja", None]),
-        source=st.sampled_from(["one", "two", "unnamed"]),
-    ),
-    min_size=1,
-    max_size=60,
-)
+CELLS = [(language, label) for language in ("en", "ja", None) for label in Label]
 BY_SOURCE = {"one": 0.5, "two": 3.0}
+
+
+@st.composite
+def rows(draw) -> list[Record]:
+    """Any number of rows of every language and label, of several sources."""
+    counts = draw(st.lists(st.integers(0, 4 * LEAST), min_size=len(CELLS), max_size=len(CELLS)))
+    sources = draw(st.lists(st.sampled_from(["one", "two", "unnamed"]), min_size=1, max_size=7))
+    cells = [cell for cell, count in zip(CELLS, counts, strict=True) for _ in range(count)]
+    return [
+        Record("a request", label, language=language, source=sources[k % len(sources)])
+        for k, (language, label) in enumerate(cells)
+    ]
 
 
 def mass(records, weights, **wanted) -> float:
     return sum(w for r, w in zip(records, weights, strict=True) if all(getattr(r, k) == v for k, v in wanted.items()))
 
 
-@given(ROWS)
+@given(rows())
 @settings(max_examples=100, deadline=None)
-def test_in_a_language_with_all_labels_they_have_the_shares_that_they_have_overall(records):
+def test_labels_and_languages_keep_their_weight_and_the_labels_shares_are_the_same_in_every_language_that_has_them(records):
     plain = row_weights(records, BY_SOURCE, reweigh_languages=False)
     weights = row_weights(records, BY_SOURCE, reweigh_languages=True)
     assert all(w > 0 for w in weights)
-    for language in {r.language for r in records}:
-        if {r.safety_label for r in records if r.language == language} != {r.safety_label for r in records}:
-            continue
-        assert mass(records, weights, language=language) == pytest.approx(mass(records, plain, language=language))
-        for label in Label:
-            share = mass(records, weights, language=language, safety_label=label) / mass(records, weights, language=language)
-            assert share == pytest.approx(mass(records, plain, safety_label=label) / sum(plain))
-
-
-@given(ROWS)
-@settings(max_examples=50, deadline=None)
-def test_rows_of_one_language_count_as_their_sources_do(records):
-    same = [r for r in records if r.language == records[0].language]
-    wanted = [BY_SOURCE.get(r.source, 1.0) for r in same]
-    assert row_weights(same, BY_SOURCE, reweigh_languages=True) == pytest.approx(wanted)
-    assert row_weights(same, BY_SOURCE, reweigh_languages=False) == wanted
+    for label in Label:
+        assert mass(records, weights, safety_label=label) == pytest.approx(mass(records, plain, safety_label=label))
+    shares = []
+    for language in ("en", "ja", None):
+        whole = mass(records, plain, language=language)
+        assert mass(records, weights, language=language) == pytest.approx(whole)
+        counts = [sum(r.language == language and r.safety_label == label for r in records) for label in Label]
+        if min(counts) >= LEAST:
+            shares.append([mass(records, weights, language=language, safety_label=label) / whole for label in Label])
+        else:
+            own = [(w, p) for r, w, p in zip(records, weights, plain, strict=True) if r.language == language]
+            assert all(w == p for w, p in own), "too few rows of a label: they count as before"
+    for other in shares[1:]:
+        assert other == pytest.approx(shares[0])
 
 
 def test_by_hand():
-    labels = [("en", Label.ALLOW), ("en", Label.REFUSE), ("ja", Label.ALLOW), ("ja", Label.ALLOW), ("ja", Label.REFUSE)]
-    records = [Record("a", label, language=language) for language, label in labels]
-    # P(ja) P(ALLOW) / P(ja, ALLOW) = (3/5)(3/5) / (2/5) = 0.9; ja REFUSE (3/5)(2/5) / (1/5) = 1.2; en ALLOW 1.2, en REFUSE 0.8
-    assert row_weights(records, {}, reweigh_languages=True) == pytest.approx([1.2, 0.8, 0.9, 0.9, 1.2])
+    counts = {("en", Label.ALLOW): 10, ("en", Label.ESCALATE): 10, ("en", Label.REFUSE): 20}
+    counts |= {("ja", Label.ALLOW): 40, ("ja", Label.ESCALATE): 10, ("ja", Label.REFUSE): 10}
+    records = [Record("a", label, language=language) for (language, label), n in counts.items() for _ in range(n)]
+    found = dict(
+        zip([(r.language, r.safety_label) for r in records], row_weights(records, {}, reweigh_languages=True), strict=True)
+    )
+    # P(ja) P(ALLOW) / P(ja, ALLOW) = (60/100)(50/100) / (40/100)
+    assert found["ja", Label.ALLOW] == pytest.approx(0.75)
+    assert found["en", Label.ALLOW] == pytest.approx(2.0)
+    assert found["ja", Label.REFUSE] == pytest.approx(1.8)
+    assert found["en", Label.REFUSE] == pytest.approx(0.6)

@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
             out["policy"] = agent.policy.as_json()
         if bool(decisions.failed[0]):
             out["failure"] = "a logit was not finite"
+        if bool(decisions.unsure[0]):
+            out["unsure"] = True
         if unread:
             out["unread"] = True
         print(json.dumps(out, ensure_ascii=False))
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"[bold {COLOURS[label]}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items()))
     if bool(decisions.failed[0]):
         console.print("this is a failure (a logit was not finite), not a prediction")
+    if bool(decisions.unsure[0]):
+        console.print("unsure: not sure enough of its most probable label, or too unlike what it knows to be allowed")
     if unread:
         console.print(TOO_LONG)
     if agent.policy is not None:

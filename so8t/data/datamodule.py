@@ -307,7 +307,7 @@ class SafetyData(L.LightningDataModule):
         dataset = RecordDataset(
             records,
             self.template,
-            weights=self._weights(records),
+            weights=self._weights(records) if shuffle else None,
             task_rows=self.spec.task_rows if shuffle else math.ceil(self.spec.task_rows),
             answer_in_path=self.answer_in_path,
         )

@@ -1,31 +1,39 @@
 """How much each training row counts: its source's weight, and reweighing, under which a language says nothing of the label."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 
 from so8t.data.records import Record
+from so8t.labels import Label
+
+LEAST = 10
+"""Rows of every label that a language needs to be reweighed: fewer would each count for too many."""
 
 
 def row_weights(records: Sequence[Record], by_source: Mapping[str, float], *, reweigh_languages: bool) -> list[float]:
     """Weights of the records, in their order; a source that is not named counts 1.
 
-    With `reweigh_languages` each row also counts `P(language) P(label) / P(language, label)` (reweighing: Kamiran and Calders
-    2012, doi:10.1007/s10115-011-0463-8). The labels' shares stay what they are, and are the same in every language that has
-    all of them: else a language whose rows are mostly benign is one in which everything is allowed.
+    With `reweigh_languages` rows of languages that have `LEAST` rows of every label also count
+    `P(language) P(label) / P(language, label)` (reweighing: Kamiran and Calders 2012, doi:10.1007/s10115-011-0463-8), by the
+    shares among these languages: each label's and each language's weight stays what it was, and the labels' shares are the
+    same in all of them. Else a language whose rows are mostly benign is one in which everything is allowed.
     """
     weights = [by_source.get(record.source, 1.0) for record in records]
     if not reweigh_languages:
         return weights
-    cells = [(record.language, record.safety_label) for record in records]
-    together: Counter[object] = Counter()
-    languages: Counter[object] = Counter()
-    labels: Counter[object] = Counter()
-    for (language, label), weight in zip(cells, weights, strict=True):
-        together[language, label] += weight  # type: ignore[assignment]
-        languages[language] += weight  # type: ignore[assignment]
-        labels[label] += weight  # type: ignore[assignment]
-    whole = sum(weights)
+    counts: defaultdict[Hashable, int] = defaultdict(int)
+    for record in records:
+        counts[record.language, record.safety_label] += 1
+    languages = {record.language for record in records}
+    taken = {language for language in languages if all(counts[language, label] >= LEAST for label in Label)}
+    mass: defaultdict[Hashable, float] = defaultdict(float)
+    for record, weight in zip(records, weights, strict=True):
+        if record.language in taken:
+            for key in (None, (record.language,), record.safety_label, (record.language, record.safety_label)):
+                mass[key] += weight
     return [
-        weight * languages[cell[0]] * labels[cell[1]] / (whole * together[cell]) if weight else 0.0
-        for cell, weight in zip(cells, weights, strict=True)
+        weight * mass[(r.language,)] * mass[r.safety_label] / (mass[None] * mass[r.language, r.safety_label])
+        if r.language in taken
+        else weight
+        for r, weight in zip(records, weights, strict=True)
     ]
