@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "leading": ("gate.blocks=leading",),
     "cayley": ("gate.map=cayley",),
     "triality": ("gate.triality=true",),
+    "slow_gates": ("optim.gate_lr=0.005",),
     # what the head reads, and where it begins
     "commutator": ("head.commutator=true",),
     "reads_last": ("head.reads=[last]",),
