@@ -95,6 +95,15 @@ def test_a_logit_that_is_not_finite_is_escalated_and_called_a_failure(so8t, alwa
     assert "not finite" in told["failure"]
 
 
+def test_what_is_too_strange_is_escalated_and_called_unsure(so8t, always):
+    run = always("ALLOW")
+    path = run / "adapter" / "adapter.safetensors"
+    save_file(load_file(path) | {"head.limit": torch.tensor(0.0)}, path)
+    told = json.loads(so8t("ask", run, "bake bread", "--json")[1])
+    assert (told["decision"], told["unsure"]) == ("ESCALATE", True)
+    assert "unsure: " in so8t("ask", run, "bake bread")[1]
+
+
 def test_the_console_script_is_installed_and_runs(finished_run):
     script = Path(sys.executable).parent / "so8t"
     command = [script, "ask", finished_run, "kill a process", "--json", "--max-new-tokens", "1"]

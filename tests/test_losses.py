@@ -229,6 +229,13 @@ def one(value: float) -> torch.Tensor:
     return torch.tensor(value, requires_grad=True)
 
 
+def test_a_row_that_weighs_nothing_costs_nothing_and_equal_weights_change_nothing():
+    alone = expected_cost(LOGITS[:1], LABELS[:1], COSTS)
+    assert torch.allclose(expected_cost(LOGITS, LABELS, COSTS, row_weights=torch.tensor([2.5, 0.0])), alone)
+    equal = expected_cost(LOGITS, LABELS, COSTS, row_weights=torch.tensor([2.5, 2.5]))
+    assert torch.allclose(equal, expected_cost(LOGITS, LABELS, COSTS))
+
+
 def test_the_total_is_the_sum_of_weight_times_value_and_a_weight_of_zero_turns_a_term_off():
     terms = LossTerms()
     terms.add("safety", one(2.0), 1.0)

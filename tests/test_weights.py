@@ -4,9 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from so8t.base import load_base
+from so8t.config import validate
 from so8t.data.records import Record
 from so8t.data.weights import LEAST, row_weights
 from so8t.labels import Label
+from so8t.training import load_data
+from tests.conftest import TINY, synthetic_rows, write_rows
 
 CELLS = [(language, label) for language in ("en", "ja", None) for label in Label]
 BY_SOURCE = {"one": 0.5, "two": 3.0}
@@ -62,3 +66,20 @@ def test_by_hand():
     assert found["en", Label.ALLOW] == pytest.approx(2.0)
     assert found["ja", Label.REFUSE] == pytest.approx(1.8)
     assert found["en", Label.REFUSE] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("reweigh", [True, False])
+def test_training_batches_carry_the_weights_and_other_batches_do_not(make_config, tmp_path, reweigh):
+    rows = [row | {"language": "ja" if k % 2 else "en"} for k, row in enumerate(synthetic_rows(240))]
+    rows = [row for k, row in enumerate(rows) if k % 4 != 1 or row["safety_label"] != "REFUSE"]  # fewer Japanese ones
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    config = validate(
+        make_config("base=tiny", "data=jsonl", f"data.path={path}", f"data.reweigh_languages={str(reweigh).lower()}")
+    )
+    data = load_data(config)
+    data.use_tokenizer(load_base(TINY, cut=2).tokenizer)
+    wanted = row_weights(data.train, {}, reweigh_languages=reweigh)
+    assert (len(set(wanted)) > 1) == reweigh
+    for batch in data.sample(10**6, batch_size=16):
+        assert batch.weights.tolist() == pytest.approx([wanted[i] for i in batch.rows])
+    assert all((batch.weights == 1).all() for batch in data.val_dataloader())
