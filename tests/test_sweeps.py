@@ -8,7 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
+from benchmarks import ablations
+from benchmarks.ablations import COMMON, VARIANTS
 from so8t.config import validate
+from so8t.errors import SO8TError
 from tests.conftest import ROOT
 
 SWEEPS = sorted(p.stem for p in (ROOT / "conf/hparams_search").glob("*.yaml") if p.stem != "optuna")
@@ -44,3 +47,22 @@ def test_what_a_sweep_is_measured_against_is_the_default_run():
         for experiment in ("task/cmd", "pet_schedule/three_phases", "costs/default", "recipe/default"):
             config = compose("train", overrides=[f"experiment={experiment}", "data=starter", "paths.output_dir=x", "tags=[]"])
             assert config == plain, experiment
+
+
+def test_every_ablation_is_valid_and_no_two_are_the_same():
+    seen = {}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for name, overrides in VARIANTS.items():
+            config = compose("train", overrides=[*COMMON, *overrides, "tags=[]", "paths.output_dir=x"])
+            validate(config)
+            seen.setdefault(OmegaConf.to_yaml(config, resolve=True), []).append(name)
+    assert all(len(names) == 1 for names in seen.values()), seen.values()
+
+
+def test_an_ablation_that_was_run_is_not_run_again_and_one_that_failed_says_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)  # without a train.py
+    with pytest.raises(SO8TError, match=r"none, seed 1: exit code 2: see .*stdout\.log"):
+        ablations.one_run("none", 1, [])
+    (ablations.folder_of("none", 1) / "metrics.json").write_text("{}")
+    ablations.one_run("none", 1, [])
+    assert [name for name, _ in ablations.finished([1])] == ["none"]
