@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -100,6 +100,11 @@ class SO8TModule(L.LightningModule):
         )
 
     # -- forward -------------------------------------------------------------------------------------------------------
+
+    def cpu(self) -> Self:
+        """Does nothing. Lightning calls this when a fit or a validation is over, and the evaluation behind it would run on the
+        host; what a run no longer needs on a GPU goes with its process."""
+        return self
 
     def forward(self, batch: Batch) -> SafetyOutput:
         """Safety logits `[B, T, 3]` of a right-padded batch, through the cache and the gates."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from so8t.adapter import Agent
 from so8t.base import load_base, stored_tensors
@@ -485,3 +487,16 @@ def test_two_processes_over_gloo_share_the_rows_and_end_with_the_same_weights(ro
     assert len(rows) == len(set(rows)) == 2 * 4 * 4, "no row went to both"
     assert all(torch.equal(tensor, two["state"][name]) for name, tensor in one["state"].items())
     assert (tmp_path / "run" / "adapter" / "adapter.json").is_file()
+
+
+def test_a_module_stays_on_the_device_it_was_trained_on_when_lightning_is_done_with_it(tiny_base):
+    module = SO8TModule(
+        SO8TModel(tiny_base, GateSpec(top_layers=2), HeadSpec()), LossSpec(), PetSpec(), OptimSpec(), class_counts=(1, 1, 1)
+    )
+    module.model.gates.detach()
+    module.model.base = torch.nn.Identity()  # whose 4-bit weights do not go where this does
+    module.to("meta")  # another device than the CPU; what is here could not even be copied back
+    strategy = SingleDeviceStrategy(device=torch.device("meta"), accelerator=CPUAccelerator())
+    strategy.connect(module)
+    strategy.teardown()
+    assert all(parameter.is_meta for parameter in module.parameters())
