@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
         records, rows_from = data_of(folder.parent).val, "validation split"
         console.print(
             "rows: the run's validation split. The best model was selected on it, and how strange a text may be was "
-            "measured on it, so what is promised is a little optimistic; rows that were never used, given with --data, make it clean"
+            "measured on it, so what is promised is a little optimistic; rows that were never used, given with --data, make "
+            "it clean"
         )
     labels = torch.tensor([int(r.safety_label) for r in records])
     agent = load_agent(folder, with_policy=False)
