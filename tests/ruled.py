@@ -32,7 +32,7 @@ class Ruled(Agent):
         ruled.rationales = Rationales(agent.model.base.hidden_size, {"latin": shown})
         return ruled
 
-    def look(self, rows: Sequence[Encoded]) -> Decisions:
+    def look(self, rows: Sequence[Encoded], requests: Sequence[bool] | None = None) -> Decisions:
         self.passes.append(len(rows))
         labels = []
         for row in rows:

@@ -36,10 +36,10 @@ class Held(Agent):
         self.go, self.batches = threading.Event(), []
         return self
 
-    def look(self, rows):
+    def look(self, rows, requests=None):
         self.batches.append(len(rows))
         assert self.go.wait(30)
-        return super().look(rows)
+        return super().look(rows, requests)
 
 
 class Served:
