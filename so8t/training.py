@@ -232,7 +232,8 @@ def limit_strangeness(module: SO8TModule, data: SafetyData, config: Config) -> N
         return
     size = config.data.eval_batch_size
     told = predict(module.model, benign, data.template, batch_size=size, cache=module.cache, title="what is strange")
-    head.limit.copy_(torch.tensor(conformal_quantile(told.strangeness.tolist(), head.spec.familiar)))
+    found = told.strangeness[~told.failed].tolist()
+    head.limit.copy_(torch.tensor(conformal_quantile(found, head.spec.familiar)))
     if head.limit.isfinite():
         log.info("strangeness: up to %.2f may be allowed, measured on %d rows", float(head.limit), len(benign))
     else:
