@@ -52,11 +52,5 @@ def readings(prompt: Prompt, answer: str, fits: Callable[[str, str | None], bool
 
 def readings_of(earlier: Sequence[Exchange], context: str | None) -> list[Reading]:
     """Of each earlier exchange two: its request, and its request with the answer."""
-    return [
-        reading
-        for e in earlier
-        for reading in (
-            Reading(e.request, context),
-            Reading(with_answer(e.request, e.answer), context, request=not e.answer.strip()),
-        )
-    ]
+    texts = ((text, text == e.request) for e in earlier for text in (e.request, with_answer(e.request, e.answer)))
+    return [Reading(text, context, request=alone) for text, alone in texts]

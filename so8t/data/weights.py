@@ -1,6 +1,6 @@
 """How much each training row counts: its source's weight, and reweighing, under which a language says nothing of the label."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
 from so8t.data.records import Record
@@ -21,9 +21,7 @@ def row_weights(records: Sequence[Record], by_source: Mapping[str, float], *, re
     weights = [by_source.get(record.source, 1.0) for record in records]
     if not reweigh_languages:
         return weights
-    counts: defaultdict[Hashable, int] = defaultdict(int)
-    for record in records:
-        counts[record.language, record.safety_label] += 1
+    counts = Counter((record.language, record.safety_label) for record in records)
     languages = {record.language for record in records}
     taken = {language for language in languages if all(counts[language, label] >= LEAST for label in Label)}
     mass: defaultdict[Hashable, float] = defaultdict(float)
