@@ -58,7 +58,7 @@ def compared(agent: Agent, folder: Path, records: Sequence[Record], kind: str) -
     for record in track(records, description=KINDS[kind], console=Console(stderr=True), transient=True):
         tokens = torch.tensor([agent.template.encode(record.user_request, record.context).tokens])
         mask = torch.ones_like(tokens)
-        output = agent.model(agent.model.prefix(tokens, mask), mask)
+        output = agent.model(agent.model.prefix(tokens, mask), tokens, mask)
         ours, theirs = agent.model.task_logits(output.safe_view)[0], model(input_ids=tokens).logits[0]
         largest = max(largest, (ours - theirs).abs().max().item())
         p, q = ours.log_softmax(-1), theirs.log_softmax(-1)

@@ -21,7 +21,6 @@ from rich.table import Table
 
 from benchmarks.gates import RESULTS, machine, spread
 from so8t.adapter import Agent, load_agent
-from so8t.base import shared_lead
 from so8t.console import quieten, reported
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import LengthSampler, RecordDataset
@@ -64,11 +63,11 @@ def measured(agent: Agent, records: list[Record]) -> dict[str, float]:
     changed, apart, divergence, moved = 0, 0.0, 0.0, 0
     for rows in track(sampler, description=agent.folder.parent.name, console=Console(stderr=True), transient=True):
         batch = dataset[rows]
-        hidden, lead = cache.prefix(batch.tokens, batch.mask), shared_lead(batch.tokens, batch.mask)
+        hidden = cache.prefix(batch.tokens, batch.mask)
         truth = torch.tensor([int(records[i].safety_label) for i in rows])
-        ours = model(hidden, batch.mask, lead=lead)
+        ours = model(hidden, batch.tokens, batch.mask)
         with reversed_order(last):
-            other = model(hidden, batch.mask, lead=lead)
+            other = model(hidden, batch.tokens, batch.mask)
         decided = {}
         for order, output in (("ours", ours), ("reversed", other)):
             taken = decided[order] = model.decide(output, batch.position)

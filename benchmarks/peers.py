@@ -236,7 +236,7 @@ def main() -> None:
         out["per_epoch"] = 1000
     else:
         data = load_data(plain)
-        quick = [*overrides, "head.probe=0"]  # where the head begins makes no step longer
+        quick = [*overrides, "head.probe=0", "head.words=0"]  # where the head begins makes no step longer
         contenders = {name: contender(PEERS[name], partial(made, data=data), quick) for name in args.peers}
         size = plain.data.batch_size
         batches = data.sample(args.batches * size, batch_size=size)

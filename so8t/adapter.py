@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from so8t.base import BaseSpec, identity, load_base, shared_lead
+from so8t.base import BaseSpec, identity, load_base
 from so8t.calibration import Policy, load_policy
 from so8t.conversation import Reading
 from so8t.data.cache import PrefixCache
@@ -127,7 +127,7 @@ class Agent:
         """The decisions on prompts, a row each, in one pass. Only `requests`, by default all, can be too strange."""
         tokens, mask = pad_rows([row.tokens for row in rows], int(self.template.tokenizer.pad_token_id or 0))
         tokens, mask = tokens.to(self.model.base.device), mask.to(self.model.base.device)
-        output = self.model(self.model.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
+        output = self.model(self.model.prefix(tokens, mask), tokens, mask)
         limited = None if requests is None else torch.tensor(requests, device=mask.device)
         decided = self.model.decide(output, mask.sum(1) - 1, limited=limited)
         return decided if self.policy is None else self.policy.apply(decided)
@@ -240,7 +240,7 @@ def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec) -> Stored:
         ArtefactError: as `read_adapter`, or its settings mean another function of the same numbers.
     """
     stored = read_adapter(run)
-    of_head = ("reads", "pooling", "standardise")
+    of_head = ("reads", "pooling", "standardise", "words")
     ours = {**dataclasses.asdict(gate), **{key: getattr(head, key) for key in of_head}}
     theirs = {**dataclasses.asdict(stored.gate), **{key: getattr(stored.head, key) for key in of_head}}
     other = [key for key in ours if key != "init_std" and ours[key] != theirs[key]]

@@ -75,13 +75,14 @@ def _absorbed_card(agent: Agent, settings: Settings, front: str, what: str, exam
     calibrated = ""
     if agent.policy is not None:
         calibrated = f"\nIt decides {agent.policy.describe()}, as `calibration` in `safety_head.json` says.\n"
+    words = "" if agent.model.head.words is None else " and one of the prompt's n-grams"
     untied = "the lm_head is untied from the embedding and carries the last gate" if gate["last"] else "there is no last gate"
     return f"""{front}
 # A safe agent from {_base_name(base)}, gates absorbed
 
 {what} SO8T trained SO(8) rotations inside the top {gate["top_layers"]} layers of the frozen base, and a
 three-way safety head ({", ".join(settings["labels"])}). Here the rotations are multiplied into the weights beside them;
-{untied}. The head is one linear map in `safety_head.safetensors`.{_dequantised(base)}
+{untied}. The head is one linear map of states{words}, in `safety_head.safetensors`.{_dequantised(base)}
 
 **What it says is said behind all gates.** Rotations that were trained for the safety head can cost the base its language: for
 answers use the base itself, and this checkpoint for the decision.

@@ -173,7 +173,7 @@ def predict(
     for rows in track(sampler, description=title, console=Console(stderr=True), disable=not title, transient=True):
         batch = dataset[rows]
         tokens, mask = batch.tokens.to(model.base.device), batch.mask.to(model.base.device)
-        result = model(cache.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
+        result = model(cache.prefix(tokens, mask), tokens, mask)
         decisions = model.decide(result, batch.position.to(model.base.device))
         out.probabilities[rows] = decisions.probabilities.cpu()
         out.decisions[rows] = decisions.labels.cpu()

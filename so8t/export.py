@@ -30,8 +30,9 @@ from so8t.labels import LABELS
 from so8t.model import SO8TModel
 from so8t.placement import SlicedHead
 from so8t.so8 import DIM, block_count, rotate
+from so8t.words import LONGEST
 
-HEAD_FORMAT = 3
+HEAD_FORMAT = 4
 ROWS_AT_ONCE = 8192
 """Rows of an lm_head that exist in float64 at one time."""
 
@@ -145,6 +146,12 @@ def strangeness_tensors(model: SO8TModel) -> dict[str, Tensor]:
     return {"shift": model.head.shift.cpu(), "scale": model.head.scale.cpu(), "turn": blocks}
 
 
+def words_tensors(model: SO8TModel) -> dict[str, Tensor]:
+    """What a reader decides by beside the states, as the head holds it; nothing where it reads no words."""
+    words = model.head.words
+    return {} if words is None else {f"words.{name}": tensor.cpu() for name, tensor in words.state_dict().items()}
+
+
 # --------------------------------------------------------------------------------------------------- plain checkpoints
 
 
@@ -193,11 +200,14 @@ def head_settings(agent: Agent, system_prompt: str | None) -> dict[str, object]:
         "pooling": spec.pooling,
         "min_confidence": spec.min_confidence,
         "limit": float(agent.model.head.limit) if agent.model.head.limit.isfinite() else None,
+        "words": None if spec.words == 0 else LONGEST,
         "calibration": None if agent.policy is None else agent.policy.as_json(),
         "formula": (
             "logits = weight @ features + bias at the prompt's last token; features: for each of `layers` ('last' is the state "
             "after the final norm, k the output of layer k, 0 the embedding), u = x / rms(x) of that token and/or of the mean "
-            "of u over all tokens, scaled to root mean square 1 again, as `pooling` says (token, mean, both). ALLOW is not "
+            "of u over all tokens, scaled to root mean square 1 again, as `pooling` says (token, mean, both). Where `words` is "
+            "a number, n-grams of up to so many tokens decide as well: words.table^T x + words.bias, x = words.idf of what is "
+            "there of words.known, at length 1; log-probabilities of both, words.share of the words'. ALLOW is not "
             "given where mean((scale * (f - shift))^2) > `limit`, with f the features, those of 'last' turned by `turn`"
         ),
         "before": template.before,
@@ -306,7 +316,7 @@ def _write_beside(agent: Agent, folder: Path) -> Settings:
     spec = agent.model.base.spec
     if spec.trust_remote_code:
         raise ArtefactError(f"base {spec.name} needs code of its own: an export would not be a plain checkpoint")
-    head = absorbed_head(agent.model) | strangeness_tensors(agent.model)
+    head = absorbed_head(agent.model) | strangeness_tensors(agent.model) | words_tensors(agent.model)
     settings: Settings = json.loads((agent.folder / "adapter.json").read_text(encoding="utf-8"))
     agent.template.tokenizer.save_pretrained(folder)
     write_bytes(folder / "safety_head.safetensors", save(head))

@@ -15,7 +15,7 @@ def unit_rms(x: Tensor) -> Tensor:
 
 
 class SafetyHead:
-    """ALLOW, ESCALATE or REFUSE from the states of a checkpoint: one linear map at the prompt's last token."""
+    """ALLOW, ESCALATE or REFUSE: one linear map of a checkpoint's states at the prompt's last token, and one of its words."""
 
     def __init__(self, folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.spec = json.loads((Path(folder) / "safety_head.json").read_text(encoding="utf-8"))
@@ -64,11 +64,25 @@ class SafetyHead:
         distance = (torch.cat(turned) - self.tensors["shift"]) * self.tensors["scale"]
         return float(distance.square().mean()) > self.spec["limit"]
 
+    def with_words(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """What the states say, pooled with what the words say: `[3], [T] -> [3]`."""
+        if self.spec["words"] is None:
+            return logits
+        known, idf, table, bias, share = (self.tensors[f"words.{name}"] for name in ("known", "idf", "table", "bias", "share"))
+        number, longest, numbers = torch.zeros_like(tokens), self.spec["words"], []
+        for n in range(longest):  # an n-gram ends where a shorter one ended a token before
+            number = number[: len(tokens) - n] * 1_000_003 + tokens[n:] + 1
+            numbers.append(number * longest + n)
+        there = torch.isin(known, torch.cat(numbers))
+        scores = idf[there] @ table[there] / idf[there].norm().clamp(min=1e-6) + bias
+        return (1 - share) * logits.log_softmax(-1) + share * scores.log_softmax(-1)
+
     def decide(self, request: str, context: str | None = None) -> tuple[str, dict[str, float]]:
         """The decision and the probabilities, calibrated where `calibration` is there. Not finite, tied, under
         `min_confidence` or under the calibration's threshold, or too strange to be allowed: ESCALATE."""
         features = self.features(request, context)
         logits = self.tensors["weight"] @ torch.cat(features) + self.tensors["bias"]
+        logits = self.with_words(logits, self.tokens(request, context)[0])
         if not logits.isfinite().all():
             return "ESCALATE", dict.fromkeys(self.spec["labels"], 1 / 3)
         probabilities = logits.softmax(-1)

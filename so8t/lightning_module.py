@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, Self
 
 import lightning as L
@@ -24,6 +25,7 @@ from so8t.model import SafetyOutput, SO8TModel, at_position
 from so8t.optim import OptimSpec, cosine_with_warmup
 from so8t.pet import GroupInertia, PetSpec, centred, temporal_consistency
 from so8t.specs import NotNegative, PositiveInt, ProperFraction, spec
+from so8t.words import STRENGTH
 
 TEST_SETS = ("test", "unseen")
 
@@ -109,7 +111,7 @@ class SO8TModule(L.LightningModule):
     def forward(self, batch: Batch) -> SafetyOutput:
         """Safety logits `[B, T, 3]` of a right-padded batch, through the cache and the gates."""
         hidden = self.cache.prefix(batch.tokens, batch.mask)
-        return self.model(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))
+        return self.model(hidden, batch.tokens, batch.mask)
 
     def task_loss(self, task: TaskBatch) -> tuple[Tensor, int]:
         """Language-model loss of answers and rationales; by default only the command side is reached, and where
@@ -126,10 +128,12 @@ class SO8TModule(L.LightningModule):
 
     @torch.no_grad()
     def begin_head(self, batches: Iterable[Batch]) -> None:
-        """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with,
-        as its spec says; call once, before training from scratch. Their features are together in the host's memory."""
-        head, columns, labels, weights = self.model.head, [], [], []
+        """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with
+        and that of the words, as its spec says; call once, before training from scratch. Their features are together in the
+        host's memory."""
+        head, columns, prompts, labels, weights = self.model.head, [], [], [], []
         for batch in batches:
+            prompts.append((batch.tokens, batch.mask))
             labels.append(batch.labels)
             weights.append(self.class_weights.cpu()[batch.labels] * batch.weights)
             batch = move_data_to_device(batch, self.model.base.device)
@@ -147,11 +151,13 @@ class SO8TModule(L.LightningModule):
                 "the head begins with small random weights: its %d rows lack a label, so no probe was fitted", len(label)
             )
             return
+        fit = partial(fit_linear, labels=label[counted].tolist(), weights=weight[counted].double().numpy())
         turned = (features[counted] - head.shift.cpu()) * head.scale.cpu()
-        fitted = fit_linear(
-            turned.numpy(), label[counted].tolist(), c=head.spec.probe, weights=weight[counted].double().numpy()
-        )
+        fitted = fit(turned.numpy(), c=head.spec.probe)
         head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
+        if head.words is not None:
+            fitted = fit(head.words.measure(prompts)[counted.numpy()], c=STRENGTH)
+            head.words.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 
     @property
     def progress(self) -> float:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from so8t.base import SplitBase, layer_at, shared_lead
+from so8t.base import SplitBase, layer_at
 from so8t.blank import blank_base, weights_by_part
 from so8t.config import Config
 from so8t.data.datamodule import Batch, TaskBatch
@@ -229,7 +229,7 @@ def warm_up(module: SO8TModule, tracker: ByteTracker) -> torch.optim.AdamW:
 def _forward(module: SO8TModule, batch: Batch) -> SafetyOutput:
     """As the module's own `forward`, past the cache."""
     hidden = module.model.prefix(batch.tokens, batch.mask)
-    return module.model(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))
+    return module.model(hidden, batch.tokens, batch.mask)
 
 
 def training_step(module: SO8TModule, batch: Batch) -> None:

@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from so8t.base import SplitBase, layer_at
+from so8t.base import SplitBase, layer_at, shared_lead
 from so8t.errors import ConfigError
 from so8t.gates import GateSet, GateSpec, TrialityGate
 from so8t.labels import FAIL_CLOSED, LABELS, Label
 from so8t.so8 import block_count
-from so8t.specs import Fraction, NotNegative, ProperFraction, spec
+from so8t.specs import Count, Fraction, NotNegative, ProperFraction, spec
+from so8t.words import Words
 
 
 @spec
@@ -28,9 +29,10 @@ class HeadSpec:
     brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
     outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
     reads while the gates hardly turn yet, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
-    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `familiar`: of texts
-    like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0: nothing is
-    too strange.
+    2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `words`: how many n-grams of
+    tokens, at most, decide beside the states, half and half; fitted with the probe, then left alone. `familiar`: of texts
+    like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0: nothing
+    is too strange.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
@@ -38,6 +40,7 @@ class HeadSpec:
     pooling: Literal["token", "mean", "both"] = "both"
     standardise: bool = True
     probe: NotNegative = 0.0
+    words: Count = 0
     familiar: Fraction = 0.0
     dropout: ProperFraction = 0.0
     min_confidence: ProperFraction = 0.0
@@ -119,6 +122,7 @@ class SafetyHead(nn.Module):
         self.linear = nn.Linear(count, len(LABELS))
         nn.init.normal_(self.linear.weight, std=0.001 if spec.standardise else 0.01)
         nn.init.zeros_(self.linear.bias)
+        self.words = Words(spec.words) if spec.words else None
         self.register_buffer("shift", torch.zeros(count))
         self.register_buffer("scale", torch.ones(count))
         self.register_buffer("limit", torch.tensor(math.inf))  # of the strangeness of what may be allowed
@@ -221,10 +225,13 @@ class SO8TModel(nn.Module):
         states = dict(zip(self.below, below, strict=True)) | {first + k: state for k, state in kept.items()}
         return safe, [safe if layer is None else states[layer] for layer in self.layers] + of_gate
 
-    def forward(self, hidden: Tensor, mask: Tensor, *, lead: int = 0) -> SafetyOutput:
-        """Safety pass from the prefix's output: `[B, T, (1 + n) D], [B, T] ->`."""
-        safe, reads = self.trunk(hidden, mask, lead=lead)
+    def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> SafetyOutput:
+        """Safety pass from the prefix's output and the tokens it is of: `[B, T, (1 + n) D], [B, T], [B, T] ->`. In training the
+        logits are those of the states alone, or what the words know already would not be learnt."""
+        safe, reads = self.trunk(hidden, mask, lead=shared_lead(tokens, mask))
         logits, strangeness = self.head(reads, mask)
+        if self.head.words is not None and not self.training:
+            logits = self.head.words.pooled(logits, tokens, mask)
         return SafetyOutput(logits, safe, strangeness)
 
     def decide(self, output: SafetyOutput, position: Tensor, *, limited: Tensor | None = None) -> Decisions:

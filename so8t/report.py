@@ -82,7 +82,15 @@ def _setup(run: RunFolder) -> Panel:
         settings = {
             "base, frozen": ("base.name", "base.source", "base.quantization"),
             "gates": ("gate.interior", "gate.top_layers", "gate.sites", "gate.last", "gate.blocks", "gate.map"),
-            "head": ("head.reads", "head.pooling", "head.standardise", "head.probe", "head.familiar", "head.dropout"),
+            "head": (
+                "head.reads",
+                "head.pooling",
+                "head.standardise",
+                "head.probe",
+                "head.words",
+                "head.familiar",
+                "head.dropout",
+            ),
             "loss": ("loss.cost_weight", "loss.task_weight", "pet.weight", "pet.target", "pet.path"),
             "training": ("seed", "trainer.max_epochs", "data.batch_size", "optim.gate_lr", "optim.head_lr"),
             "kept for the unseen set": ("data.holdout_sources",),

@@ -89,7 +89,7 @@ def stream(
     tokens = torch.tensor([encoded.tokens], device=agent.model.base.device)
     mask = torch.ones_like(tokens)
     begin, end = encoded.span
-    logits = agent.model((prefix or agent.model.prefix)(tokens, mask), mask).logits[0, begin:end]
+    logits = agent.model((prefix or agent.model.prefix)(tokens, mask), tokens, mask).logits[0, begin:end]
     decided: Decisions = decide(logits, min_confidence=agent.model.head.spec.min_confidence)
     if agent.policy is not None:
         decided = agent.policy.apply(decided)

@@ -377,6 +377,7 @@ def test_a_stricter_threshold_turns_an_answer_into_an_escalation(so8t, run_folde
     path = run_folder / "adapter" / "adapter.safetensors"
     tensors = load_file(path)
     tensors["head.linear.weight"] = torch.zeros_like(tensors["head.linear.weight"])
+    tensors["head.words.share"] = torch.zeros(())
     tensors["head.linear.bias"] = torch.tensor([2.0, 0.0, 0.0])
     save_file(tensors, path)
     ask = ("ask", run_folder, "bake bread", "--json", "--max-new-tokens", "1")

@@ -95,7 +95,7 @@ def worst_logit(agent: Agent, folder: Path, requests: tuple[str, ...] = REQUESTS
     for request in requests:
         tokens = torch.tensor([agent.template.encode(request).tokens])
         mask = torch.ones_like(tokens)
-        ours = agent.model.task_logits(agent.model(agent.model.prefix(tokens, mask), mask).safe_view)
+        ours = agent.model.task_logits(agent.model(agent.model.prefix(tokens, mask), tokens, mask).safe_view)
         worst = max(worst, (ours - plain(input_ids=tokens).logits).abs().max().item())
         with agent.model.without_gates():
             intact = agent.model.base.causal_lm(input_ids=tokens).logits

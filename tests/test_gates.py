@@ -28,7 +28,7 @@ def turned(model: SO8TModel, only: str | None = None, size: float = 0.5) -> None
 
 def decide(model: SO8TModel, tokens=TOKENS, mask=MASK) -> torch.Tensor:
     with torch.no_grad():
-        return model(model.prefix(tokens, mask), mask).logits
+        return model(model.prefix(tokens, mask), tokens, mask).logits
 
 
 @pytest.mark.parametrize("blocks", ["independent", "shared", "leading"])
@@ -133,7 +133,7 @@ def test_safety_logits_change_when_a_safe_rotation_changes(tiny_model, name):
 def test_safety_logits_do_not_change_when_only_the_command_side_does(tiny_model):
     before = decide(tiny_model)
     with torch.no_grad():
-        safe = tiny_model(tiny_model.base.prefix(TOKENS, MASK), MASK).safe_view
+        safe = tiny_model(tiny_model.base.prefix(TOKENS, MASK), TOKENS, MASK).safe_view
         task = tiny_model.task_logits(safe)
     turned(tiny_model, "last.cmd")
     assert torch.equal(decide(tiny_model), before)
@@ -145,7 +145,7 @@ def test_the_task_path_of_generate_is_the_task_path_of_training(tiny_model):
     turned(tiny_model)
     base = tiny_model.base
     with torch.no_grad():
-        ours = tiny_model.task_logits(tiny_model(base.prefix(TOKENS, MASK), MASK).safe_view)
+        ours = tiny_model.task_logits(tiny_model(base.prefix(TOKENS, MASK), TOKENS, MASK).safe_view)
         with tiny_model.task_path():
             theirs = base.causal_lm(input_ids=TOKENS).logits
         assert torch.allclose(ours, theirs, atol=1e-4)

@@ -23,6 +23,7 @@ QUICK = (
     "trainer.accelerator=cpu",
     "head.reads=[0.25,last]",
     f"head.probe={C}",
+    "head.words=0",
 )
 
 

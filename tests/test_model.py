@@ -18,12 +18,12 @@ NAN, INF = math.nan, math.inf
 
 def logits_of(model: SO8TModel, tokens=TOKENS, mask=MASK) -> torch.Tensor:
     with torch.no_grad():
-        return model(model.prefix(tokens, mask), mask).logits
+        return model(model.prefix(tokens, mask), tokens, mask).logits
 
 
 def decision_of(model: SO8TModel):
     with torch.no_grad():
-        output = model(model.base.prefix(TOKENS, MASK), MASK)
+        output = model(model.base.prefix(TOKENS, MASK), TOKENS, MASK)
     return model.decide(output, torch.tensor([TOKENS.shape[1] - 1]))
 
 
@@ -202,7 +202,7 @@ def test_without_gates_the_head_reads_the_frozen_base(tiny_base):
     model = SO8TModel(tiny_base, GateSpec(interior="none", last=False, top_layers=2), HeadSpec())
     assert not list(model.gates.parameters())
     with torch.no_grad():
-        output = model(model.base.prefix(TOKENS, MASK), MASK)
+        output = model(model.base.prefix(TOKENS, MASK), TOKENS, MASK)
         frozen = model.base.decoder(input_ids=TOKENS).last_hidden_state
         assert torch.allclose(output.safe_view, frozen, atol=1e-5)
         plain = model.base.causal_lm(input_ids=TOKENS).logits
@@ -217,7 +217,7 @@ def test_without_gates_the_head_reads_the_frozen_base(tiny_base):
 def test_the_task_path_is_lm_head_of_r_cmd_of_r_safe(tiny_model):
     turned(tiny_model)
     with torch.no_grad():
-        safe = tiny_model(tiny_model.base.prefix(TOKENS, MASK), MASK).safe_view
+        safe = tiny_model(tiny_model.base.prefix(TOKENS, MASK), TOKENS, MASK).safe_view
         want = tiny_model.base.causal_lm.lm_head(tiny_model.gates.last.cmd(safe))
         assert torch.equal(tiny_model.task_logits(safe), want)
         with tiny_model.task_path():
@@ -252,7 +252,7 @@ def test_generation_goes_through_the_gates_and_is_the_greedy_walk_over_task_logi
     with torch.no_grad():
         for _ in range(4):
             mask = torch.ones_like(walked)
-            safe = tiny_model(tiny_model.base.prefix(walked, mask), mask).safe_view
+            safe = tiny_model(tiny_model.base.prefix(walked, mask), walked, mask).safe_view
             logits = tiny_model.task_logits(safe)[:, -1]
             logits[:, end] = -INF  # min_new_tokens
             walked = torch.cat([walked, logits.argmax(-1, keepdim=True)], dim=1)

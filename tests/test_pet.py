@@ -160,7 +160,7 @@ def test_pet_on_safety_logits_behind_gates_reaches_every_coordinate_that_decisio
     model = SO8TModel(tiny_base, GateSpec(top_layers=2, interior=interior), HeadSpec())
     tokens = torch.randint(4, 200, (4, 12))
     mask = torch.ones_like(tokens)
-    output = model(model.base.prefix(tokens, mask), mask)
+    output = model(model.base.prefix(tokens, mask), tokens, mask)
     temporal_consistency(centred(output.logits), mask, penalty).backward()
     for name, rotation in model.gates.rotations():
         if name == "last.cmd":
@@ -172,7 +172,7 @@ def test_pet_on_safety_logits_behind_gates_reaches_every_coordinate_that_decisio
 def test_pet_on_hidden_states_reaches_the_gates_inside_but_not_the_last_rotation(tiny_model):
     tokens = torch.randint(4, 200, (4, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
-    output = tiny_model(tiny_model.base.prefix(tokens, mask), mask)
+    output = tiny_model(tiny_model.base.prefix(tokens, mask), tokens, mask)
     temporal_consistency(output.safe_view, mask).backward()
     grads = {name: r.coords.grad.abs().max() for name, r in tiny_model.gates.rotations() if name != "last.cmd"}
     trapped = grads.pop("last.safe")

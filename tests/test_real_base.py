@@ -121,7 +121,7 @@ def test_a_decision_does_not_depend_on_padding_or_its_side(model, template):
     def decided(tokens: list[list[int]], masks: list[list[int]], position: list[int]) -> torch.Tensor:
         ids, mask = torch.tensor(tokens), torch.tensor(masks)
         with torch.no_grad():
-            return model.decide(model(model.base.prefix(ids, mask), mask), torch.tensor(position)).probabilities
+            return model.decide(model(model.base.prefix(ids, mask), ids, mask), torch.tensor(position)).probabilities
 
     alone = torch.cat([decided([r], [[1] * len(r)], [len(r) - 1]) for r in rows])
     extra = longest + 5
@@ -192,7 +192,7 @@ def test_the_safe_side_reads_the_decision_token_of_the_template(model, template)
     tokens = torch.tensor([encoded.tokens])
     mask = torch.ones_like(tokens)
     with torch.no_grad():
-        output = model(model.base.prefix(tokens, mask), mask)
+        output = model(model.base.prefix(tokens, mask), tokens, mask)
     assert output.logits.shape == (1, len(encoded.tokens), 3)
     assert torch.equal(at_position(output.logits, torch.tensor([len(encoded.tokens) - 1]))[0], output.logits[0, -1])
     text = model.base.tokenizer.decode(encoded.tokens)

@@ -131,7 +131,7 @@ def strangeness(agent, request: str) -> float:
     tokens = torch.tensor([agent.template.encode(request).tokens])
     with torch.no_grad():
         return float(
-            agent.model(agent.model.prefix(tokens, torch.ones_like(tokens)), torch.ones_like(tokens)).strangeness[0, -1]
+            agent.model(agent.model.prefix(tokens, torch.ones_like(tokens)), tokens, torch.ones_like(tokens)).strangeness[0, -1]
         )
 
 

@@ -237,7 +237,7 @@ def test_weight_decay_and_betas_reach_adamw(tiny_run):
 def test_debug_overfit_drives_the_loss_of_one_batch_to_almost_nothing(rows_file, tmp_path):
     trained(composed(
         *QUICK, f"data.path={rows_file}", "debug=overfit", SPY, "trainer.overfit_batches=1", "data.batch_size=24",
-        "optim.head_lr=0.1", "optim.gate_lr=0.03", "loss.task_weight=0", "head.dropout=0", "head.probe=0",
+        "optim.head_lr=0.1", "optim.gate_lr=0.03", "loss.task_weight=0", "head.dropout=0", "head.probe=0", "head.words=0",
         output_dir=tmp_path / "run",
     ))  # fmt: skip
     spy = Spy.last
@@ -374,7 +374,7 @@ def test_the_adapter_is_the_best_validation_and_not_the_last(tiny_run):
 
     _, run = tiny_run(
         "evaluate=false", SPY, "data.batch_size=16", "trainer.max_epochs=6", "optim.head_lr=0.3", "optim.warmup_steps=0",
-        "optim.final_lr_fraction=1", "callbacks.best.false_allow_ceiling=1", "~callbacks.guard", "head.probe=0",
+        "optim.final_lr_fraction=1", "callbacks.best.false_allow_ceiling=1", "~callbacks.guard", "head.probe=0", "head.words=0",
     )  # fmt: skip
     scores = [figures["val/macro_f1"] for _, figures, _ in Spy.last.validations]
     best = scores.index(max(scores))

@@ -196,7 +196,7 @@ def test_the_task_path_goes_through_both_linked_rotations_and_detached_the_base_
         plain = tiny_base.causal_lm(input_ids=TOKENS).logits
         model = model_of(tiny_base)
         torch.nn.init.normal_(model.gates.last.cmd.coords, std=0.5)
-        ours = model.task_logits(model(model.prefix(TOKENS, MASK), MASK).safe_view)
+        ours = model.task_logits(model(model.prefix(TOKENS, MASK), TOKENS, MASK).safe_view)
         with model.task_path():
             assert torch.allclose(ours, tiny_base.causal_lm(input_ids=TOKENS).logits, atol=1e-4)
         assert (ours - plain).abs().max() > 0.01
@@ -217,7 +217,7 @@ def test_a_coordinate_that_is_not_finite_is_escalate_and_a_failure(tiny_base):
     model = model_of(tiny_base, triality=False)
     model.gates.last.cmd.coords.data[0, 0] = float("nan")
     with torch.no_grad():
-        output = model(model.prefix(TOKENS, MASK), MASK)
+        output = model(model.prefix(TOKENS, MASK), TOKENS, MASK)
     assert model.decide(output, torch.tensor([7])).failed.all()
 
 
@@ -301,7 +301,8 @@ def test_an_adapter_decides_as_the_model_that_was_saved(run):
     assert agent.model.gates.spec.triality
     assert agent.model.head.spec.commutator
     with torch.no_grad():
-        logits = [m(m.prefix(batch.tokens, batch.mask), batch.mask).logits for m in (module.model.eval(), agent.model)]
+        tokens, mask = batch.tokens, batch.mask
+        logits = [m(m.prefix(tokens, mask), tokens, mask).logits for m in (module.model.eval(), agent.model)]
     assert torch.equal(*(at_position(row, batch.position) for row in logits))
 
 

@@ -1,0 +1,111 @@
+"""What the words of a prompt say by themselves: a linear map of the n-grams of its tokens, beside the states of the base.
+
+A base that knows little of a language, as the embedded one does of Japanese, still spells it in tokens, and which tokens stand
+there tells much. Fitted once, where the head begins; gates and head never learn from it, nor it from them.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from sklearn.preprocessing import normalize
+from torch import Tensor, nn
+
+from so8t.labels import LABELS
+
+LONGEST = 3
+"""Tokens of the longest n-grams; a Japanese character is one to three tokens of a base that spells it in bytes."""
+LEAST = 2
+"""Training rows that an n-gram stands in, at least."""
+SHARE = 0.5
+"""Of the words in what is decided, by cross-validation on the default's training rows (the log, entry 50)."""
+STRENGTH = 10.0
+"""`C` of the logistic regression, on vectors of length 1."""
+
+_PLACE = 1_000_003  # larger than any vocabulary: three tokens and a length are one number of 63 bits
+_NONE = torch.iinfo(torch.int64).max
+
+
+def _before(x: Tensor) -> Tensor:
+    """What stood at the token before, nothing at the first: `[B, T] -> [B, T]`."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def grams(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """All n-grams of real tokens as numbers, token by token where they end (1-gram first), and which of them are there for the
+    first time in their row: `[B, T], [B, T] -> [B, T * LONGEST]` twice."""
+    number, real = tokens + 1, mask.bool()
+    numbers, there = [number * LONGEST], [real]
+    for n in range(1, LONGEST):  # an n-gram ends where a shorter one ended a token before
+        number, real = _before(number) * _PLACE + tokens + 1, _before(real) & mask.bool()
+        numbers.append(number * LONGEST + n)
+        there.append(real)
+    valid = torch.stack(there, -1).flatten(1)
+    found = torch.where(valid, torch.stack(numbers, -1).flatten(1), _NONE)
+    ordered, places = found.sort(dim=1, stable=True)
+    new = torch.ones_like(valid)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return found, torch.zeros_like(valid).scatter(1, places, new) & valid
+
+
+class Words(nn.Module):
+    """Log-probabilities from the distinct n-grams so far that are known, at most `count`, each weighted by its inverse document
+    frequency, together a vector of length 1. What stands in every prompt, as the chat template does, weighs nothing. `share` is
+    theirs in what is decided: none before they were fitted."""
+
+    known: Tensor
+    idf: Tensor
+    table: Tensor
+    bias: Tensor
+    share: Tensor
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.register_buffer("known", torch.full((count,), _NONE))  # sorted
+        self.register_buffer("idf", torch.zeros(count))
+        self.register_buffer("table", torch.zeros(count, len(LABELS)))
+        self.register_buffer("bias", torch.zeros(len(LABELS)))
+        self.register_buffer("share", torch.tensor(0.0))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """At every token, of what stands up to it: `[B, T], [B, T] -> [B, T, 3]`."""
+        found, new = grams(tokens, mask)
+        row = torch.searchsorted(self.known, found).clamp(max=len(self.known) - 1)
+        weight = torch.where(new & (self.known[row] == found), self.idf[row], 0.0)
+        by_token = (*tokens.shape, LONGEST)
+        scores = (weight[..., None] * self.table[row]).view(*by_token, -1).sum(2).cumsum(1)
+        length = weight.square().view(by_token).sum(2).cumsum(1).sqrt()
+        return (scores / length.clamp(min=1e-6)[..., None] + self.bias).log_softmax(-1)
+
+    def pooled(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The logarithmic opinion pool (Genest and Zidek 1986, doi:10.1214/ss/1177013825) of a classifier of the same prompts
+        and the words: `[B, T, 3], [B, T], [B, T] -> [B, T, 3]`. A row whose logits are not finite has none that are."""
+        return (1 - self.share) * logits.log_softmax(-1) + self.share * self(tokens, mask)
+
+    @torch.no_grad()
+    def measure(self, prompts: Iterable[tuple[Tensor, Tensor]]) -> csr_matrix:
+        """Chooses the n-grams to know, those in the most rows, and gives the rows' vectors of length 1: batches of tokens and
+        mask, `[B, T]` each, to `[N, count]`."""
+        rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+        for tokens, mask in prompts:
+            found, new = grams(tokens.cpu(), mask.cpu())
+            rows += [row[counted].numpy() for row, counted in zip(found, new, strict=True)]
+        numbers, times = np.unique(np.concatenate(rows), return_counts=True)
+        most = np.argsort(-times, kind="stable")[: len(self.known)]
+        chosen = np.sort(most[times[most] >= LEAST])
+        known, idf = numbers[chosen], np.log((1 + len(rows)) / (1 + times[chosen]))
+        for buffer, values, rest in ((self.known, known, _NONE), (self.idf, idf, 0.0)):
+            buffer.fill_(rest)
+            buffer[: len(values)] = torch.from_numpy(values)
+        columns = [np.flatnonzero(np.isin(known, row, assume_unique=True)) for row in rows]
+        ends = np.cumsum([0, *map(len, columns)])
+        flat = np.concatenate(columns)
+        return normalize(csr_matrix((idf[flat], flat, ends), shape=(len(rows), len(self.known))))
+
+    @torch.no_grad()
+    def begin_with(self, weights: Tensor, bias: Tensor) -> None:
+        """A linear map of such vectors, `[3, count]` and `[3]`; from now on the words have their share."""
+        self.table.copy_(weights.T)
+        self.bias.copy_(bias)
+        self.share.fill_(SHARE)

@@ -1,0 +1,184 @@
+"""What the words say beside the states: n-grams of tokens, causal, fitted once, pooled where something is decided."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
+from so8t.adapter import load_agent
+from so8t.config import validate
+from so8t.errors import ArtefactError, ConfigError
+from so8t.export import export_hf
+from so8t.gates import GateSpec
+from so8t.model import HeadSpec, at_position
+from so8t.training import build, load_data, prepare
+from so8t.words import LONGEST, SHARE, STRENGTH, Words, grams
+from tests.fixtures import TINY
+from tests.test_export import LARGE, check_decisions, make_agent
+
+QUICK = ("base=tiny", "data=jsonl", "gate.top_layers=2", "trainer.accelerator=cpu", "head.reads=[0.25,last]", "head.dropout=0")
+
+prompts = st.lists(st.integers(0, 50_000), min_size=1, max_size=40)
+few = st.lists(st.integers(0, 4), min_size=1, max_size=40)  # so that n-grams come back
+
+
+def told(count: int = 97) -> Words:
+    """Words that know n-grams of small numbers, and say something about each."""
+    draw = torch.Generator().manual_seed(0)
+    words, prompts = Words(count), torch.randint(0, 260, (50, 12), generator=draw) % 5
+    words.measure([(prompts, torch.ones_like(prompts))])
+    words.begin_with(torch.randn(3, count, generator=draw), torch.randn(3, generator=draw))
+    return words
+
+
+def row(tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt alone: tokens and mask, `[1, T]`."""
+    return torch.tensor([tokens]), torch.ones(1, len(tokens), dtype=torch.long)
+
+
+@given(tokens=prompts | few)
+def test_an_n_gram_counts_once_where_it_first_ends(tokens):
+    found, new = grams(*row(tokens))
+    seen: set[tuple[int, ...]] = set()
+    for end in range(1, len(tokens) + 1):
+        here = {tuple(tokens[end - n : end]) for n in range(1, min(LONGEST, end) + 1)}
+        assert int(new.view(-1, LONGEST)[end - 1].sum()) == len(here - seen)
+        seen |= here
+    assert len(set(found[new].tolist())) == len(seen), "different n-grams are different numbers"
+
+
+@given(left=prompts, right=prompts)
+def test_the_same_n_gram_is_the_same_number_wherever_it_stands(left, right):
+    def numbers(tokens):
+        found, new = grams(*row(tokens))
+        return set(found[new].tolist())
+
+    assert numbers(left) <= numbers(left + right)
+    assert numbers(right) <= numbers(left + right)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.lists(few | prompts, min_size=1, max_size=4), pad=st.integers(0, 5), side=st.sampled_from(["left", "right"]))
+def test_padding_and_company_change_nothing_and_what_comes_later_neither(tokens, pad, side):
+    words, width = told(), max(map(len, tokens)) + pad
+    blank = [[9] * (width - len(t)) for t in tokens]
+    ids = torch.tensor([t + b if side == "right" else b + t for t, b in zip(tokens, blank, strict=True)])
+    real = [[1] * len(t) for t in tokens]
+    gone = [[0] * len(b) for b in blank]
+    mask = torch.tensor([r + g if side == "right" else g + r for r, g in zip(real, gone, strict=True)])
+    together = words(ids, mask)
+    for k, prompt in enumerate(tokens):
+        for end in range(1, len(prompt) + 1):
+            alone = words(*row(prompt[:end]))[0, -1]
+            place = end - 1 if side == "right" else width - len(prompt) + end - 1
+            assert torch.allclose(together[k, place], alone, atol=1e-5)
+
+
+def test_what_stands_in_every_prompt_weighs_nothing_and_what_stands_in_one_is_not_known():
+    rows = [row([1, 2, 3, *more, 7]) for more in ([40], [50, 51], [60, 40], [70])]
+    words = Words(64)
+    vectors = words.measure(rows)
+    assert vectors.shape == (4, 64)
+    assert np.sqrt(np.asarray(vectors.multiply(vectors).sum(1))).ravel() == pytest.approx([1, 0, 1, 0])
+    everywhere, once, twice = (set(grams(*row(tokens))[0].flatten().tolist()) for tokens in ([1, 2, 3], [50, 51], [40]))
+    weight = dict(zip(words.known.tolist(), words.idf.tolist(), strict=True))
+    assert all(weight.get(number, 0) == 0 for number in everywhere)
+    assert not once & weight.keys() - {torch.iinfo(torch.int64).max}
+    assert weight[(40 + 1) * LONGEST] == pytest.approx(np.log(5 / 3)), "in two of four"
+    assert twice & weight.keys()
+
+
+def test_where_there_are_more_n_grams_than_words_may_know_those_in_the_most_rows_stay():
+    rows = [row([n for n in range(1, 30) if k % n == 0]) for k in range(1, 60)]
+    few, all_of_them = Words(5), Words(4096)
+    few.measure(rows)
+    all_of_them.measure(rows)
+    assert few.idf.max() <= all_of_them.idf[all_of_them.idf > 0].sort().values[5]
+    assert few.known.tolist() == sorted(few.known.tolist())
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(make_config, rows_file):
+    """A module that is ready to train, with its data."""
+
+    def make(*overrides):
+        config = validate(make_config(*QUICK, f"data.path={rows_file}", *overrides))
+        torch.manual_seed(0)
+        data = load_data(config)
+        module = build(config, data)
+        prepare(module, config, data, resumed=False)
+        return module, data
+
+    return make
+
+
+@torch.no_grad()
+def test_a_decision_is_half_the_probes_and_half_the_words_own_regression(prepared):
+    module, data = prepared("head.words=4096", "loss.class_weights=balanced")
+    without, _ = prepared("head.words=0")
+    words = module.model.head.words
+    batches = data.sample(10**6, batch_size=16)
+    labels = torch.cat([b.labels for b in batches])
+    vectors = Words(4096).measure([(b.tokens, b.mask) for b in batches])
+    wanted = LogisticRegression(C=STRENGTH, max_iter=2000, class_weight="balanced").fit(vectors, labels)
+    alone = torch.cat([at_position(words(b.tokens, b.mask), b.position) for b in batches])
+    assert alone.exp().numpy() == pytest.approx(wanted.predict_proba(vectors), abs=5e-3)
+    module.eval(), without.eval()
+    for batch in batches:
+        ours, states = (at_position(m(batch).logits, batch.position) for m in (module, without))
+        theirs = at_position(words(batch.tokens, batch.mask), batch.position)
+        assert torch.allclose(ours, (1 - SHARE) * states.log_softmax(-1) + SHARE * theirs, atol=1e-5)
+
+
+def test_gates_and_head_learn_the_same_with_words_or_without(prepared):
+    gradients = []
+    for count in (0, 4096):
+        module, data = prepared(f"head.words={count}")
+        module.train()
+        batch = data.sample(8, batch_size=8)[0]
+        module.loss_terms(batch, module(batch), 1.0).total().backward()
+        gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_an_agent_keeps_its_words(tiny_run):
+    _, run = tiny_run("head.words=512", "evaluate=false", "trainer.max_epochs=1")
+    agent = load_agent(run)
+    assert float(agent.model.head.words.share) == SHARE
+    assert agent.model.head.words.table.abs().sum() > 0
+    path = run / "adapter" / "adapter.json"
+    meta = json.loads(path.read_text())
+    del meta["head"]["words"]
+    path.write_text(json.dumps(meta))
+    with pytest.raises(ArtefactError, match="tensors do not fit"):
+        load_agent(run)
+
+
+def test_an_export_reads_the_same_words(tmp_path):
+    agent = make_agent(tmp_path / "run", TINY, GateSpec(**LARGE), HeadSpec(words=97))
+    agent.model.head.words.load_state_dict(told().state_dict())
+    export_hf(agent, tmp_path / "hf")
+    check_decisions(agent, tmp_path / "hf")
+
+
+def test_words_are_fitted_with_the_probe(make_config):
+    with pytest.raises(ConfigError, match=r"head\.words are fitted where the head begins: set head\.probe"):
+        validate(make_config("base=tiny", "head.probe=0"))
+
+
+@torch.no_grad()
+def test_words_that_were_never_fitted_have_no_say():
+    logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(10).view(2, 5)
+    assert torch.allclose(Words(64).pooled(logits, tokens, torch.ones_like(tokens)), logits.log_softmax(-1))
+    logits[1, 2, 0] = torch.inf
+    assert not told().pooled(logits, tokens, torch.ones_like(tokens))[1, 2].isfinite().any(), "a failure stays one"
