@@ -49,7 +49,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     # what the head reads, and where it begins
     "commutator": ("head.commutator=true",),
     "reads_last": ("head.reads=[last]",),
-    "random_head": ("head.probe=0", "head.words=0"),
+    "random_head": ("head.probe=0", "head.words=0"),  # beside no_words: words need the probe
     "no_words": ("head.words=0",),
     "no_limit": ("head.familiar=0",),
     # PET

@@ -1,4 +1,4 @@
-"""The trained agent on disk: `adapter.safetensors` (gates and head, kilobytes) and `adapter.json` (everything else).
+"""The trained agent on disk: `adapter.safetensors` (gates, head, words it knows: a megabyte) and `adapter.json` (the rest).
 
 `load_agent` puts an adapter back onto its base, with the policy of `so8t calibrate` where there is one. Labels, base and shapes
 are checked; nothing is unpickled.

@@ -8,6 +8,7 @@ from so8t import exported
 from so8t.adapter import Agent
 from so8t.evaluation import SHOWN
 
+_READABLE = "pieces of up to three tokens that stand in more than one training row, readable"
 _EXAMPLE = """import sys
 
 import torch
@@ -75,7 +76,7 @@ def _absorbed_card(agent: Agent, settings: Settings, front: str, what: str, exam
     calibrated = ""
     if agent.policy is not None:
         calibrated = f"\nIt decides {agent.policy.describe()}, as `calibration` in `safety_head.json` says.\n"
-    words = "" if agent.model.head.words is None else " and one of the prompt's n-grams"
+    words = "" if agent.model.head.words is None else f" and one of the prompt's n-grams ({_READABLE})"
     untied = "the lm_head is untied from the embedding and carries the last gate" if gate["last"] else "there is no last gate"
     return f"""{front}
 # A safe agent from {_base_name(base)}, gates absorbed
@@ -106,6 +107,7 @@ The decision is read at the last token of the prompt, which `safety_head.json` d
 def adapter_card(settings: Settings, adapter: Path) -> str:
     """The card of an adapter that `so8t` puts back onto its base."""
     base, gate = settings["base"], settings["gate"]
+    words = f"; it knows n-grams, {_READABLE}" if settings["head"].get("words") else ""
     where = ""
     if base["source"] == "hub" and Path(base["model_id"]).is_absolute():
         where = "\nThe base was read from a local folder: change `base.model_id` in `adapter.json` to where it is.\n"
@@ -113,8 +115,8 @@ def adapter_card(settings: Settings, adapter: Path) -> str:
 # SO(8) gates and safety head for {_base_name(base)}
 
 Not a model: rotations (`gate.interior={gate["interior"]}`, top {gate["top_layers"]} layers) and a three-way safety head
-({", ".join(settings["labels"])}) that SO8T puts onto the frozen base. The base is loaded apart, and refused when its weights
-are not those that were trained on.
+({", ".join(settings["labels"])}{words}) that SO8T puts onto the frozen base. The base is loaded apart, and refused when
+its weights are not those that were trained on.
 {where}
 ```
 so8t ask FOLDER "how do I kill a python process?"

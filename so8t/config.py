@@ -181,7 +181,7 @@ def _check_together(config: Config) -> None:
         problems.append("gate.sites is empty: name o_proj or down_proj, or set gate.interior=none")
     if config.head.familiar and not config.head.standardise:
         problems.append("head.familiar measures standardised features: set head.standardise=true, or head.familiar=0")
-    if config.head.words and not config.head.probe:
+    if config.head.words and not config.head.probe and config.init_from is None:
         problems.append("head.words are fitted where the head begins: set head.probe, or head.words=0")
     if not config.head.reads:
         problems.append("head.reads is empty: name 'last' or fractions of the base's depth, such as 0.6")

@@ -41,10 +41,10 @@ class SafetyHead:
         states = [*out.hidden_states[:-1], top[0], out.last_hidden_state]
         return [states[-1 if layer == "last" else layer][0].float().cpu() for layer in self.spec["layers"]]
 
-    def features(self, request: str, context: str | None = None) -> list[Tensor]:
-        """What the linear map reads, `[D]` each, as many for every one of `layers`."""
+    def features(self, tokens: Tensor) -> list[Tensor]:
+        """What the linear map reads of a prompt `[1, T]`, `[D]` each, as many for every one of `layers`."""
         features = []
-        for state in map(unit_rms, self.states(self.tokens(request, context))):
+        for state in map(unit_rms, self.states(tokens)):
             if self.spec["pooling"] != "mean":
                 features.append(state[-1])
             if self.spec["pooling"] != "token":
@@ -80,9 +80,10 @@ class SafetyHead:
     def decide(self, request: str, context: str | None = None) -> tuple[str, dict[str, float]]:
         """The decision and the probabilities, calibrated where `calibration` is there. Not finite, tied, under
         `min_confidence` or under the calibration's threshold, or too strange to be allowed: ESCALATE."""
-        features = self.features(request, context)
+        tokens = self.tokens(request, context)
+        features = self.features(tokens)
         logits = self.tensors["weight"] @ torch.cat(features) + self.tensors["bias"]
-        logits = self.with_words(logits, self.tokens(request, context)[0])
+        logits = self.with_words(logits, tokens[0])
         if not logits.isfinite().all():
             return "ESCALATE", dict.fromkeys(self.spec["labels"], 1 / 3)
         probabilities = logits.softmax(-1)

@@ -195,27 +195,25 @@ class GateSet(nn.Module):
                     self.interior[f"{layer}_{site}"] = InteriorGate(base.hidden_size, spec)
         kind = TrialityGate if spec.triality else NonCommutativeGate
         self.last = kind(base.hidden_size, spec) if spec.last else None
+        self.attached = False  # whether they act at present; the last gate, which hangs on nothing, asks as well
         self._handles: list[RemovableHandle] = []
-
-    @property
-    def attached(self) -> bool:
-        """Whether the interior gates act on a base at present."""
-        return bool(self._handles)
 
     def attach(self, base: SplitBase) -> None:
         """Hooks every interior gate onto its projection. Attaching twice is an error of the caller."""
-        if self._handles:
+        if self.attached:
             raise ConfigError("these gates are attached already: detach them first")
         for name, gate in self.interior.items():
             layer, site = name.split("_", 1)
             module = getattr(getattr(base.decoder.layers[int(layer)], _PARENT[site]), site)
             self._handles.append(module.register_forward_hook(lambda _m, _i, out, gate=gate: gate(out)))
+        self.attached = True
 
     def detach(self) -> None:
         """Takes every hook off; the base is again what it was, bit for bit."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.attached = False
 
     @contextmanager
     def computed_once(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -17,6 +18,7 @@ from so8t.base import shared_lead
 from so8t.baselines import fit_linear
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import Batch, TaskBatch
+from so8t.data.store import PrefixStore, row_key
 from so8t.errors import ArtefactError, ConfigError
 from so8t.labels import LABELS
 from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, path_loss, safety_loss
@@ -127,19 +129,25 @@ class SO8TModule(L.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin_head(self, batches: Iterable[Batch]) -> None:
+    def begin_head(self, batches: Iterable[Batch], last_states: PrefixStore | None = None) -> None:
         """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with
         and that of the words, as its spec says; call once, before training from scratch. Their features are together in the
-        host's memory."""
-        head, columns, prompts, labels, weights = self.model.head, [], [], [], []
-        for batch in batches:
-            prompts.append((batch.tokens, batch.mask))
-            labels.append(batch.labels)
-            weights.append(self.class_weights.cpu()[batch.labels] * batch.weights)
-            batch = move_data_to_device(batch, self.model.base.device)
-            hidden = self.cache.prefix(batch.tokens, batch.mask)
-            reads = self.model.trunk(hidden, batch.mask, lead=shared_lead(batch.tokens, batch.mask))[1]
-            columns.append(head.features_at(reads, batch.mask, batch.position).cpu())
+        host's memory; they are the frozen base's, whose `last_states` are kept, unless figures of a gate are among them."""
+        model, head, columns, prompts, labels, weights = self.model, self.model.head, [], [], [], []
+        of_gate = model.gates.spec.triality or head.spec.commutator
+        store = None if of_gate else last_states
+        with nullcontext() if of_gate else model.without_gates(), nullcontext() if store is None else store.filling():
+            for batch in batches:
+                prompts.append((batch.tokens, batch.mask))  # without answers, which would tell the labels
+                labels.append(batch.labels)
+                weights.append(self.class_weights.cpu()[batch.labels] * batch.weights)
+                there = move_data_to_device(batch, model.base.device)
+                hidden = self.cache.prefix(there.tokens, there.mask)
+                state, reads = model.trunk(hidden, there.mask, lead=shared_lead(there.tokens, there.mask))
+                columns.append(head.features_at(reads, there.mask, there.position).cpu())
+                if store is not None:
+                    for tokens, mask, last in zip(*prompts[-1], at_position(state, there.position).cpu(), strict=True):
+                        store.put(row_key(tokens[mask.bool()]), last[None])
         features, label, weight = torch.cat(columns), torch.cat(labels), torch.cat(weights)
         if head.spec.standardise:
             head.standardise(features)
@@ -148,7 +156,8 @@ class SO8TModule(L.LightningModule):
         counted = weight > 0
         if len(set(label[counted].tolist())) < len(LABELS):
             log.warning(
-                "the head begins with small random weights: its %d rows lack a label, so no probe was fitted", len(label)
+                "the head begins with small random weights: its %d rows lack a label, so no probe and no words were fitted",
+                len(label),
             )
             return
         fit = partial(fit_linear, labels=label[counted].tolist(), weights=weight[counted].double().numpy())
@@ -227,6 +236,7 @@ class SO8TModule(L.LightningModule):
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, part: str, metrics: SafetyMetrics, batch: Batch) -> None:
+        """Adds a batch to the metrics, its loss included, of what is decided: words and states."""
         output = self(batch)
         decisions = self.model.decide(output, batch.position)
         metrics.update(decisions.probabilities, decisions.labels, batch.labels, decisions.failed, decisions.unsure)
@@ -328,7 +338,7 @@ class SO8TModule(L.LightningModule):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]  # noqa: ANN401
-        """Gates, head and inertia averages only: kilobytes, whatever the base."""
+        """Gates, head and inertia averages only: a megabyte or two, whatever the base."""
         state: dict[str, Tensor] = {}
         for name, module in (("model.gates", self.model.gates), ("model.head", self.model.head), ("inertia", self.inertia)):
             state.update(module.state_dict(prefix=f"{name}."))

@@ -28,7 +28,7 @@ class HeadSpec:
     mean state so far. `pooling`: the token itself, the mean of all tokens up to it, or both; all of them causal. `standardise`
     brings every feature to mean 0 and standard deviation 1 over some training rows, measured once before training: a few
     outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
-    reads while the gates hardly turn yet, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
+    reads of the frozen base, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
     2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `words`: how many n-grams of
     tokens, at most, decide beside the states, half and half; fitted with the probe, then left alone. `familiar`: of texts
     like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0: nothing
@@ -103,7 +103,7 @@ def decide(logits: Tensor, *, min_confidence: float = 0.0, too_strange: Tensor |
 
 
 class SafetyHead(nn.Module):
-    """One linear map from what it reads, shifted and scaled per feature, to three logits.
+    """One linear map from what it reads, shifted and scaled per feature, to three logits; `words` are pooled with it.
 
     Args:
         width: of each state that is read.
@@ -216,7 +216,7 @@ class SO8TModel(nn.Module):
         with self.gates_computed_once():
             top, kept = self.base.suffix(at_cut, mask, keep, lead=lead)
             state = self.base.final_norm(top)
-            last, of_gate = self.gates.last, []
+            last, of_gate = self.gates.last if self.gates.attached else None, []
             safe = last.tap(state) if last is not None else state
             if isinstance(last, TrialityGate):
                 of_gate.append(last.authority_form(state, safe, causal_mean(state, mask)))
@@ -265,7 +265,7 @@ class SO8TModel(nn.Module):
 
     @contextmanager
     def without_gates(self) -> Iterator[None]:
-        """Inside, the base is what it was before any gate was attached."""
+        """Inside, the base is what it was before any gate was attached, and the last gate turns nothing either."""
         attached = self.gates.attached
         self.gates.detach()
         try:

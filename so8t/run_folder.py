@@ -213,7 +213,7 @@ def _gates(folder: Path) -> tuple[dict[str, Floats] | None, dict[str, int] | Non
             if found[1] == "last" and told["gate"].get("triality"):
                 for name, d_sigma in (("safe", D_SIGMA_PLUS), ("authority", D_SIGMA_MINUS)):
                     angles[f"last {name}"] = matrix_angle(to_rotation(carry(tensor, d_sigma))).numpy()
-        elif name.startswith("head.linear."):  # what else is in the head is measured, not trained
+        elif name.startswith("head.linear."):  # what else is in the head was measured or fitted before
             trained["head"] += tensor.numel()
     return angles, trained
 

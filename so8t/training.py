@@ -79,9 +79,9 @@ def train(composed: DictConfig) -> dict[str, float]:
     checkpoint = find_checkpoint(config.ckpt_path, run)
     module = build(config, data)
     print_model(module, console)
-    prepare(module, config, data, resumed=checkpoint is not None)
     kept = config.evaluate and config.cache.max_gib
     last_states = PrefixStore.of_last_states(module.model.base, config.cache) if kept else None
+    prepare(module, config, data, resumed=checkpoint is not None, last_states=last_states)
 
     write_text(run / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]
@@ -206,9 +206,11 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
     )
 
 
-def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bool) -> None:
+def prepare(
+    module: SO8TModule, config: Config, data: SafetyData, *, resumed: bool, last_states: PrefixStore | None = None
+) -> None:
     """What is done once before training: the cache is filled, and a new head learns what to shift and scale by, and where to
-    begin."""
+    begin. On the way `last_states` of the frozen base are kept for the probe beside an evaluation."""
     limit = config.trainer.get("limit_train_batches", 1.0)
     part = isinstance(limit, int) or limit != 1.0 or config.trainer.get("overfit_batches")  # 1 is one batch, 1.0 all
     if not part and config.pet.path == "request":  # an epoch takes all training rows, as `fill_cache` sees them
@@ -218,7 +220,7 @@ def prepare(module: SO8TModule, config: Config, data: SafetyData, *, resumed: bo
         most = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS
         batches = data.sample(most, batch_size=config.data.eval_batch_size)
         title = "where the head begins"
-        module.begin_head(track(batches, title, console=Console(stderr=True), transient=True))
+        module.begin_head(track(batches, title, console=Console(stderr=True), transient=True), last_states)
 
 
 def limit_strangeness(module: SO8TModule, data: SafetyData, config: Config) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from so8t.labels import LABELS
@@ -80,7 +79,7 @@ class Words(nn.Module):
 
     def pooled(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The logarithmic opinion pool (Genest and Zidek 1986, doi:10.1214/ss/1177013825) of a classifier of the same prompts
-        and the words: `[B, T, 3], [B, T], [B, T] -> [B, T, 3]`. A row whose logits are not finite has none that are."""
+        and the words: `[B, T, 3], [B, T], [B, T] -> [B, T, 3]`. What is not finite in a row stays so."""
         return (1 - self.share) * logits.log_softmax(-1) + self.share * self(tokens, mask)
 
     @torch.no_grad()
@@ -94,14 +93,14 @@ class Words(nn.Module):
         numbers, times = np.unique(np.concatenate(rows), return_counts=True)
         most = np.argsort(-times, kind="stable")[: len(self.known)]
         chosen = np.sort(most[times[most] >= LEAST])
-        known, idf = numbers[chosen], np.log((1 + len(rows)) / (1 + times[chosen]))
+        known, idf = numbers[chosen], np.log((1 + len(rows)) / (1 + times[chosen]))  # sorted, as np.unique gives them
         for buffer, values, rest in ((self.known, known, _NONE), (self.idf, idf, 0.0)):
             buffer.fill_(rest)
             buffer[: len(values)] = torch.from_numpy(values)
         columns = [np.flatnonzero(np.isin(known, row, assume_unique=True)) for row in rows]
+        weights = [idf[k] / max(np.linalg.norm(idf[k]), 1e-6) for k in columns]
         ends = np.cumsum([0, *map(len, columns)])
-        flat = np.concatenate(columns)
-        return normalize(csr_matrix((idf[flat], flat, ends), shape=(len(rows), len(self.known))))
+        return csr_matrix((np.concatenate(weights), np.concatenate(columns), ends), shape=(len(rows), len(self.known)))
 
     @torch.no_grad()
     def begin_with(self, weights: Tensor, bias: Tensor) -> None:

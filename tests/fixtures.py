@@ -174,6 +174,7 @@ def tiny_run(make_config, rows_file):
             "~callbacks.progress",
             "+trainer.enable_progress_bar=false",
             "rationale.rows=0",
+            "head.words=256",
             *overrides,
             output_dir=output_dir,
         )
@@ -193,6 +194,7 @@ QUICK = (
     "~callbacks.progress",
     "+trainer.enable_progress_bar=false",
     "rationale.rows=0",
+    "head.words=256",
 )
 
 

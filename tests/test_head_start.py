@@ -9,6 +9,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from so8t.config import validate
+from so8t.data.store import PrefixStore
+from so8t.evaluation import frozen_features
 from so8t.lightning_module import SO8TModule
 from so8t.model import at_position
 from so8t.training import build, load_data, prepare
@@ -46,11 +48,12 @@ def prepared(make_config, rows_file):
 def read(module: SO8TModule, data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Standardised features, logits and labels of all training rows at their decisions."""
     head, features, logits, labels = module.model.head, [], [], []
-    for batch in data.sample(10**6, batch_size=16):
-        reads = module.model.trunk(module.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
-        features.append((head.features_at(reads, batch.mask, batch.position) - head.shift) * head.scale)
-        logits.append(at_position(module(batch).logits, batch.position))
-        labels.append(batch.labels)
+    with module.model.without_gates():  # which hardly turn yet
+        for batch in data.sample(10**6, batch_size=16):
+            reads = module.model.trunk(module.cache.prefix(batch.tokens, batch.mask), batch.mask)[1]
+            features.append((head.features_at(reads, batch.mask, batch.position) - head.shift) * head.scale)
+            logits.append(at_position(module(batch).logits, batch.position))
+            labels.append(batch.labels)
     return torch.cat(features), torch.cat(logits), torch.cat(labels)
 
 
@@ -87,7 +90,7 @@ def test_a_run_on_part_of_the_rows_begins_with_a_probe_of_part_of_them(tiny_run,
     seen = []
     monkeypatch.setattr("so8t.training.STANDARDISE_ROWS", 40)
     begin = SO8TModule.begin_head
-    monkeypatch.setattr(SO8TModule, "begin_head", lambda self, batches: begin(self, seen.extend(batches) or seen))
+    monkeypatch.setattr(SO8TModule, "begin_head", lambda self, batches, _: begin(self, seen.extend(batches) or seen))
     tiny_run("evaluate=false", "trainer.max_epochs=1", f"head.probe={C}", "trainer.limit_train_batches=2", f"+{SPY}")
     assert 40 <= sum(len(batch.labels) for batch in seen) < 80
     assert Spy.last.start["model.head.linear.weight"].std() > 0.002, "fitted, not random"
@@ -111,3 +114,16 @@ def test_a_run_that_is_resumed_or_begins_with_another_fits_no_head_again(tiny_ru
     assert all(torch.equal(Spy.last.start[f"model.head.{name}"], p) for name, p in ended.items())
     tiny_run(*short, "trainer.max_epochs=2", f"ckpt_path={first}", output_dir=tmp_path / "third")
     assert all(torch.equal(Spy.last.start[f"model.head.{name}"], p) for name, p in ended.items())
+
+
+@torch.no_grad()
+def test_the_probe_beside_an_evaluation_finds_the_frozen_states_of_the_training_rows(make_config, rows_file):
+    config = validate(make_config(*QUICK, f"data.path={rows_file}", "gate.init_std=1"))
+    data = load_data(config)
+    module = build(config, data)
+    store = PrefixStore.of_last_states(module.model.base, config.cache)
+    prepare(module, config, data, resumed=False, last_states=store)
+    assert len(store) == len({tuple(data.template.encode(r.user_request, r.context).tokens) for r in data.train})
+    size = {"batch_size": 16, "cache": module.cache}
+    kept = frozen_features(module.model, data.train, data.template, store=store, **size)
+    assert kept == pytest.approx(frozen_features(module.model, data.train, data.template, **size), abs=1e-4), "gates off"

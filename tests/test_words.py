@@ -15,10 +15,11 @@ from so8t.errors import ArtefactError, ConfigError
 from so8t.export import export_hf
 from so8t.gates import GateSpec
 from so8t.model import HeadSpec, at_position
+from so8t.streaming import stream
 from so8t.training import build, load_data, prepare
 from so8t.words import LONGEST, SHARE, STRENGTH, Words, grams
 from tests.fixtures import TINY
-from tests.test_export import LARGE, check_decisions, make_agent
+from tests.test_export import LARGE, REQUESTS, check_decisions, make_agent
 
 QUICK = ("base=tiny", "data=jsonl", "gate.top_layers=2", "trainer.accelerator=cpu", "head.reads=[0.25,last]", "head.dropout=0")
 
@@ -164,10 +165,44 @@ def test_an_agent_keeps_its_words(tiny_run):
 
 
 def test_an_export_reads_the_same_words(tmp_path):
-    agent = make_agent(tmp_path / "run", TINY, GateSpec(**LARGE), HeadSpec(words=97))
-    agent.model.head.words.load_state_dict(told().state_dict())
+    agent = make_agent(tmp_path / "run", TINY, GateSpec(**LARGE), HeadSpec(words=300))
+    words = agent.model.head.words
+    told = [torch.tensor([agent.template.encode(request).tokens]) for request in (*REQUESTS, *REQUESTS, "bake a cake")]
+    words.measure([(tokens, torch.ones_like(tokens)) for tokens in told])
+    words.begin_with(torch.randn(3, 300), torch.randn(3))
+    found = [torch.isin(words.known[words.idf > 0], grams(t, torch.ones_like(t))[0]).sum() for t in told]
+    assert len(set(map(int, found))) >= 4, "prompts know different n-grams"
+    assert {int(number) % LONGEST for number in words.known[words.idf > 0]} == {0, 1, 2}, "of every length"
     export_hf(agent, tmp_path / "hf")
     check_decisions(agent, tmp_path / "hf")
+    check_decisions(agent, tmp_path / "hf", ("ÿ", "zzz qqq"))
+
+
+def test_an_adapter_from_before_there_were_words_has_none(tmp_path):
+    make_agent(tmp_path, TINY, GateSpec(**LARGE))
+    path = tmp_path / "adapter" / "adapter.json"
+    meta = json.loads(path.read_text())
+    del meta["head"]["words"]
+    path.write_text(json.dumps(meta))
+    assert load_agent(tmp_path).model.head.words is None
+
+
+def test_what_is_streamed_is_what_is_decided_of_the_text_so_far(tiny_run):
+    _, run = tiny_run("evaluate=false", "trainer.max_epochs=1")
+    agent = load_agent(run)
+    request = "please delete the backup of the payroll server tonight"
+    streamed = list(stream(agent, request))
+    encoded = agent.template.encode(request)
+    with torch.no_grad():
+        for k in (0, 5, len(streamed) - 1):
+            tokens = torch.tensor([encoded.tokens[: encoded.span[0] + k + 1]])
+            logits = agent.model(agent.model.prefix(tokens, torch.ones_like(tokens)), tokens, torch.ones_like(tokens)).logits
+            assert streamed[k].probabilities == pytest.approx(logits[0, -1].softmax(-1).tolist(), abs=1e-4)
+
+
+def test_rows_that_lack_a_label_give_the_words_no_say(prepared):
+    module, _ = prepared("head.words=64", "data.train_labels=[ALLOW]")
+    assert not module.model.head.words.share
 
 
 def test_words_are_fitted_with_the_probe(make_config):
