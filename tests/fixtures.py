@@ -183,6 +183,29 @@ def tiny_run(make_config, rows_file):
     return run
 
 
+C = 0.05
+"""The strength of `prepared`'s probe."""
+
+
+@pytest.fixture
+def prepared(make_config, rows_file):
+    """A module that is ready to train, in evaluation mode, with its data and configuration."""
+    from so8t.config import validate
+    from so8t.training import build, load_data, prepare
+
+    def make(*overrides: str):
+        quick = ("base=tiny", "data=jsonl", f"data.path={rows_file}", "gate.top_layers=2", "trainer.accelerator=cpu")
+        head = ("head.reads=[0.25,last]", f"head.probe={C}", "head.words=0")
+        config = validate(make_config(*quick, *head, *overrides))
+        torch.manual_seed(0)
+        data = load_data(config)
+        module = build(config, data)
+        prepare(module, config, data, resumed=False)
+        return module.eval(), data, config
+
+    return make
+
+
 # -- runs of their own, and many command lines in one interpreter ------------------------------------------------------
 
 QUICK = (

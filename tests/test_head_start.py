@@ -8,40 +8,15 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from so8t.config import validate
 from so8t.data.store import PrefixStore
 from so8t.evaluation import frozen_features
 from so8t.lightning_module import SO8TModule
 from so8t.model import at_position
-from so8t.training import build, load_data, prepare
+from so8t.training import prepare
+from tests.fixtures import C
 from tests.spies import Spy
 
-C = 0.05
 SPY = "callbacks.spy._target_=tests.spies.Spy"
-QUICK = (
-    "base=tiny",
-    "data=jsonl",
-    "gate.top_layers=2",
-    "trainer.accelerator=cpu",
-    "head.reads=[0.25,last]",
-    f"head.probe={C}",
-    "head.words=0",
-)
-
-
-@pytest.fixture
-def prepared(make_config, rows_file):
-    """A module that is ready to train, with its data."""
-
-    def make(*overrides):
-        config = validate(make_config(*QUICK, f"data.path={rows_file}", *overrides))
-        torch.manual_seed(0)
-        data = load_data(config)
-        module = build(config, data)
-        prepare(module, config, data, resumed=False)
-        return module.eval(), data, config
-
-    return make
 
 
 @torch.no_grad()
@@ -117,10 +92,8 @@ def test_a_run_that_is_resumed_or_begins_with_another_fits_no_head_again(tiny_ru
 
 
 @torch.no_grad()
-def test_the_probe_beside_an_evaluation_finds_the_frozen_states_of_the_training_rows(make_config, rows_file):
-    config = validate(make_config(*QUICK, f"data.path={rows_file}", "gate.init_std=1"))
-    data = load_data(config)
-    module = build(config, data)
+def test_the_probe_beside_an_evaluation_finds_the_frozen_states_of_the_training_rows(prepared):
+    module, data, config = prepared("gate.init_std=1")
     store = PrefixStore.of_last_states(module.model.base, config.cache)
     prepare(module, config, data, resumed=False, last_states=store)
     assert len(store) == len({tuple(data.template.encode(r.user_request, r.context).tokens) for r in data.train})

@@ -16,12 +16,9 @@ from so8t.export import export_hf
 from so8t.gates import GateSpec
 from so8t.model import HeadSpec, at_position
 from so8t.streaming import stream
-from so8t.training import build, load_data, prepare
 from so8t.words import LONGEST, SHARE, STRENGTH, Words, grams
 from tests.fixtures import TINY
 from tests.test_export import LARGE, REQUESTS, check_decisions, make_agent
-
-QUICK = ("base=tiny", "data=jsonl", "gate.top_layers=2", "trainer.accelerator=cpu", "head.reads=[0.25,last]", "head.dropout=0")
 
 prompts = st.lists(st.integers(0, 50_000), min_size=1, max_size=40)
 few = st.lists(st.integers(0, 4), min_size=1, max_size=40)  # so that n-grams come back
@@ -105,25 +102,10 @@ def test_where_there_are_more_n_grams_than_words_may_know_those_in_the_most_rows
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def prepared(make_config, rows_file):
-    """A module that is ready to train, with its data."""
-
-    def make(*overrides):
-        config = validate(make_config(*QUICK, f"data.path={rows_file}", *overrides))
-        torch.manual_seed(0)
-        data = load_data(config)
-        module = build(config, data)
-        prepare(module, config, data, resumed=False)
-        return module, data
-
-    return make
-
-
 @torch.no_grad()
 def test_a_decision_is_half_the_probes_and_half_the_words_own_regression(prepared):
-    module, data = prepared("head.words=4096", "loss.class_weights=balanced")
-    without, _ = prepared("head.words=0")
+    module, data, _ = prepared("head.words=4096", "loss.class_weights=balanced")
+    without, *_ = prepared()
     words = module.model.head.words
     batches = data.sample(10**6, batch_size=16)
     labels = torch.cat([b.labels for b in batches])
@@ -131,7 +113,6 @@ def test_a_decision_is_half_the_probes_and_half_the_words_own_regression(prepare
     wanted = LogisticRegression(C=STRENGTH, max_iter=2000, class_weight="balanced").fit(vectors, labels)
     alone = torch.cat([at_position(words(b.tokens, b.mask), b.position) for b in batches])
     assert alone.exp().numpy() == pytest.approx(wanted.predict_proba(vectors), abs=5e-3)
-    module.eval(), without.eval()
     for batch in batches:
         ours, states = (at_position(m(batch).logits, batch.position) for m in (module, without))
         theirs = at_position(words(batch.tokens, batch.mask), batch.position)
@@ -141,7 +122,7 @@ def test_a_decision_is_half_the_probes_and_half_the_words_own_regression(prepare
 def test_gates_and_head_learn_the_same_with_words_or_without(prepared):
     gradients = []
     for count in (0, 4096):
-        module, data = prepared(f"head.words={count}")
+        module, data, _ = prepared(f"head.words={count}", "head.dropout=0")
         module.train()
         batch = data.sample(8, batch_size=8)[0]
         module.loss_terms(batch, module(batch), 1.0).total().backward()
@@ -201,7 +182,7 @@ def test_what_is_streamed_is_what_is_decided_of_the_text_so_far(tiny_run):
 
 
 def test_rows_that_lack_a_label_give_the_words_no_say(prepared):
-    module, _ = prepared("head.words=64", "data.train_labels=[ALLOW]")
+    module, *_ = prepared("head.words=64", "data.train_labels=[ALLOW]")
     assert not module.model.head.words.share
 
 
