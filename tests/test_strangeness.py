@@ -29,7 +29,6 @@ from so8t.model import HeadSpec, SO8TModel, at_position, decide
 from so8t.training import limit_strangeness, train
 from tests.conftest import TINY
 from tests.test_export import LARGE, PROBES, REQUESTS, make_agent
-from tests.test_head_start import prepared  # noqa: F401  (a fixture)
 
 LOGITS = st.lists(st.tuples(*[st.floats(-20, 20)] * 3), min_size=1, max_size=8)
 
@@ -55,7 +54,7 @@ def test_a_failure_that_is_strange_is_counted_once_as_a_failure():
     assert not decided.unsure.any()
 
 
-def test_the_limit_is_what_the_asked_share_of_new_benign_rows_is_under(prepared):  # noqa: F811
+def test_the_limit_is_what_the_asked_share_of_new_benign_rows_is_under(prepared):
     module, data, config = prepared("head.familiar=0.8")
     data.val = data.train  # more rows
     assert module.model.head.limit == math.inf, "before it is measured nothing is too strange"
@@ -88,7 +87,7 @@ def test_a_share_that_few_rows_cannot_speak_of_is_no_limit():
 
 
 @pytest.mark.parametrize("why", ["no share", "no benign rows", "too few rows", "a run on parts of its rows"])
-def test_where_nothing_can_be_measured_there_is_no_limit(prepared, why):  # noqa: F811
+def test_where_nothing_can_be_measured_there_is_no_limit(prepared, why):
     overrides = {"no share": ["head.familiar=0"], "too few rows": ["head.familiar=0.999"]}.get(why, ["head.familiar=0.8"])
     overrides += ["trainer.limit_val_batches=1"] if why == "a run on parts of its rows" else []
     module, data, config = prepared(*overrides)
@@ -111,7 +110,7 @@ def test_a_trained_agent_has_its_limit_and_a_run_that_begins_with_it_measures_it
     assert run("second", f"init_from={tmp_path / 'first'}", "head.familiar=0") == math.inf
 
 
-def test_training_rows_have_a_mean_strangeness_of_one(prepared):  # noqa: F811
+def test_training_rows_have_a_mean_strangeness_of_one(prepared):
     module, data, _ = prepared()
     with torch.no_grad():
         found = torch.cat([at_position(module(b).strangeness, b.position) for b in data.sample(10**6, batch_size=16)])
