@@ -59,8 +59,8 @@ def finish(figure: Figure, to: Target) -> None:
 def plot_losses(series: Series, to: Target) -> None:
     """The total and every weighted term against optimiser steps, and each term's share with PET's phases."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    terms = [t for t in ("loss", "safety", "cost", "task", "pet", "inertia") if series.get(f"train/{t}")]
-    for colour, term in zip(COLOURS, terms, strict=False):
+    terms = [t for t in ("loss", "safety", "path", "cost", "task", "pet", "inertia") if series.get(f"train/{t}")]
+    for colour, term in zip((*COLOURS[:6], COLOURS[7]), terms, strict=False):  # black is the validation's
         steps, values = zip(*series[f"train/{term}"], strict=True)
         left.plot(steps, values, color=colour, label="total" if term == "loss" else term, lw=2 if term == "loss" else 1.2)
         shares = series.get(f"train/share_{term}")

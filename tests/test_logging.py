@@ -13,6 +13,7 @@ import pytest
 from matplotlib.image import imread
 from wandb.proto import wandb_internal_pb2
 
+from so8t import plots
 from so8t.report import panels
 from so8t.run_folder import read_run
 from tests.conftest import QUICK, composed, trained
@@ -98,6 +99,20 @@ def test_the_csv_has_losses_metrics_invariants_learning_rates_and_memory(logged_
                  "grad_norm/head", "memory/peak_gib", "group/last/commutator", "group/last.safe/orthogonality"):  # fmt: skip
         assert curves[name], name
     assert len(curves["train/loss"]) == 12, "6 steps in each of 2 epochs"
+
+
+def test_the_picture_of_the_loss_shows_every_term_that_was_trained_on(logged_run, monkeypatch):
+    series = plots.read_metrics(logged_run / "csv" / "metrics.csv")
+    shares = {term for name in series if (term := name.removeprefix("train/share_")) != name and f"train/{term}" in series}
+    drawn = []
+    monkeypatch.setattr(plots, "finish", lambda figure, to: drawn.append(figure))
+    plots.plot_losses(series, logged_run / "loss.png")
+    left, right = drawn[0].axes
+    assert shares >= {"safety", "path", "cost", "task", "pet", "inertia"}
+    for axis, more in ((left, {"total", "validation, class loss"}), (right, set())):
+        handles, labels = axis.get_legend_handles_labels()
+        assert set(labels) == shares | more
+        assert len({handle.get_color() for handle in handles}) == len(labels), "no colour twice"
 
 
 def test_the_config_arrives_in_wandb(wandb_run):
