@@ -134,9 +134,9 @@ class SO8TModule(L.LightningModule):
         and that of the words, as its spec says; call once, before training from scratch. Their features are together in the
         host's memory; they are the frozen base's, whose `last_states` are kept, unless figures of a gate are among them."""
         model, head, columns, prompts, labels, weights = self.model, self.model.head, [], [], [], []
-        of_gate = model.gates.spec.triality or head.spec.commutator
-        store = None if of_gate else last_states
-        with nullcontext() if of_gate else model.without_gates(), nullcontext() if store is None else store.filling():
+        frozen = not model.gates.command_is_read
+        store = last_states if frozen else None
+        with model.without_gates() if frozen else nullcontext(), nullcontext() if store is None else store.filling():
             for batch in batches:
                 prompts.append((batch.tokens, batch.mask))  # without answers, which would tell the labels
                 labels.append(batch.labels)

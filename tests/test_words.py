@@ -189,6 +189,7 @@ def test_rows_that_lack_a_label_give_the_words_no_say(prepared):
 def test_words_are_fitted_with_the_probe(make_config):
     with pytest.raises(ConfigError, match=r"head\.words are fitted where the head begins: set head\.probe"):
         validate(make_config("base=tiny", "head.probe=0"))
+    validate(make_config("base=tiny", "head.probe=0", "init_from=run"))  # whose words are those of that run
 
 
 @torch.no_grad()
