@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no_path": ("loss.path_weight=0",),
     "not_framed": ("data.framed=0",),
     "framed_more": ("data.framed=0.3",),
+    "not_coded": ("data.coded=0",),
     "not_reweighed": ("data.reweigh_languages=false",),
     "original_recipe": ("experiment=recipe/original",),
 }

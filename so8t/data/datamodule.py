@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from so8t.data.coded import coded
 from so8t.data.framing import framed
 from so8t.data.records import OnBadRow, Record, read_jsonl
 from so8t.data.sources import SourceSpec, load_sources
@@ -34,15 +35,16 @@ class DataSpec:
     """What `conf/data` says.
 
     `holdout_sources` are never trained on: they are the unseen test. Of the training rows, those of `train_labels` are trained
-    on; no other split changes. A share `framed` of the training rows stands in another shape (`framing.py`). With
-    `reweigh_languages` a row's language says nothing of its label (`weights.py`). `task_rows` language-model sequences go with
-    each batch on average (0.125: one with every eighth).
+    on; no other split changes. A share `framed` of the training rows stands in another shape (`framing.py`), and
+    `coded` of them join them in a code (`coded.py`). With `reweigh_languages` a row's language says nothing of its label
+    (`weights.py`). `task_rows` language-model sequences go with each batch on average (0.125: one with every eighth).
     """
 
     sources: dict[str, SourceSpec]
     holdout_sources: tuple[str, ...] = ()
     train_labels: tuple[Literal["ALLOW", "ESCALATE", "REFUSE"], ...] = ("ALLOW", "ESCALATE", "REFUSE")
     framed: Fraction = 0.0
+    coded: Fraction = 0.0
     reweigh_languages: bool = False
     path: str | None = None
     val_path: str | None = None
@@ -281,7 +283,8 @@ class SafetyData(L.LightningDataModule):
         for part in ("unseen", *(p for p, path in given.items() if path)):
             setattr(self, part, self._without_overlap(part, getattr(self, part)))
         self.train = [r for r in self.train if r.safety_label.name in self.spec.train_labels]
-        self.train = framed(self.train, self.spec.framed, seed=self.spec.split_seed)
+        codes = coded(self.train, self.spec.coded, seed=self.spec.split_seed) if "ESCALATE" in self.spec.train_labels else []
+        self.train = framed(self.train, self.spec.framed, seed=self.spec.split_seed) + codes
         for part in ("train", "val", "test"):
             if not getattr(self, part):
                 raise DataError(f"the {part} split has no rows ({len(seen)} in all): give more rows or other fractions")
