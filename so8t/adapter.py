@@ -46,6 +46,7 @@ class TemplateSpec:
 
     max_length: PositiveInt
     system_prompt: str | None = None
+    policy: str | None = None
 
 
 def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
@@ -53,9 +54,7 @@ def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def save_adapter(
-    folder: Path, model: SO8TModel, template: Template, rationales: Rationales | None = None, *, system_prompt: str | None
-) -> None:
+def save_adapter(folder: Path, model: SO8TModel, template: Template, rationales: Rationales | None = None) -> None:
     """Writes both files, and those of the rationales, each atomically, the JSON last: an adapter with a JSON is whole."""
     if rationales is not None:
         save_rationales(folder, rationales)
@@ -69,7 +68,7 @@ def save_adapter(
             "base_identity": identity(model.base),
             "gate": dataclasses.asdict(model.gates.spec),
             "head": dataclasses.asdict(model.head.spec),
-            "template": {"system_prompt": system_prompt, "max_length": template.max_length},
+            "template": {name: getattr(template, name) for name in ("system_prompt", "policy", "max_length")},
         },
     )
 
@@ -265,10 +264,11 @@ def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True
     model = SO8TModel(base, stored.gate, stored.head)
     stored.put_on(model)
     model.requires_grad_(False).eval()
-    template = Template(base.tokenizer, system_prompt=stored.template.system_prompt, max_length=stored.template.max_length)
+    template = Template(base.tokenizer, **dataclasses.asdict(stored.template))
+    model.prompts_open_with(len(template.before))
     return Agent(model, template, folder, policy, load_rationales(folder, model))
 
 
 def cache_for(agent: Agent) -> PrefixCache:
     """A cache that keeps rows while one evaluation reads them twice (gates on, gates off)."""
-    return PrefixCache(agent.model.base, 2.0, keep=agent.model.below)
+    return PrefixCache(agent.model.base, 2.0, keep=agent.model.below, lead=agent.template.before)

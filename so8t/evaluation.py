@@ -121,14 +121,15 @@ def fill_cache(
     if store is None:
         return
     dataset = RecordDataset(records, template)
-    keys = [row_key(torch.tensor(encoded.tokens)) for encoded in dataset.encoded]
+    tokens = [torch.tensor(encoded.tokens) for encoded in dataset.encoded]
+    keys = [cache.key(row) for row in tokens]
     console = Console(stderr=True)
     most = min(PREFIX_TOKENS, batch_size * template.max_length)
     with store.filling():
         todo = sorted((i for i, key in enumerate(keys) if key not in store), key=dataset.length)
         if not todo:
             return
-        size = sum(map(dataset.length, todo)) * cache.width * store.dtype.itemsize
+        size = sum(len(tokens[i]) - cache.shared(tokens[i]) for i in todo) * cache.width * store.dtype.itemsize
         console.print(
             f"{title}: {len(keys) - len(todo):,} of {len(keys):,} rows are in {store.folder}, the others take "
             f"{size / 2**30:.2f} GiB of {max(0, store.room) / 2**30:.2f} that are left"

@@ -32,7 +32,7 @@ from so8t.placement import SlicedHead
 from so8t.so8 import DIM, block_count, rotate
 from so8t.words import LONGEST
 
-HEAD_FORMAT = 4
+HEAD_FORMAT = 5
 ROWS_AT_ONCE = 8192
 """Rows of an lm_head that exist in float64 at one time."""
 
@@ -190,7 +190,7 @@ def plain_model(base: SplitBase, gates: GateSet, dtype: torch.dtype) -> PreTrain
     return plain.eval()
 
 
-def head_settings(agent: Agent, system_prompt: str | None) -> dict[str, object]:
+def head_settings(agent: Agent) -> dict[str, object]:
     """What `safety_head.json` says."""
     spec, template = agent.model.head.spec, agent.template
     return {
@@ -206,16 +206,17 @@ def head_settings(agent: Agent, system_prompt: str | None) -> dict[str, object]:
             "logits = weight @ features + bias at the prompt's last token; features: for each of `layers` ('last' is the state "
             "after the final norm, k the output of layer k, 0 the embedding), u = x / rms(x) of that token and/or of the mean "
             "of u over all tokens, scaled to root mean square 1 again, as `pooling` says (token, mean, both). Where `words` is "
-            "a number N, n-grams of up to N tokens decide as well, each the number N * m + n - 1 with m <- 1000003 * m + token "
-            "+ 1 from m = 0: words.table^T x + words.bias, x = words.idf of what is there of words.known, at length 1; "
-            "log-probabilities of both, words.share of the words'. ALLOW is not "
+            "a number N, n-grams of up to N tokens that end behind `before` decide as well, each the number N * m + n - 1 with "
+            "m <- 1000003 * m + token + 1 from m = 0: words.table^T x + words.bias, x = words.idf of what is there of "
+            "words.known, at length 1; log-probabilities of both, words.share of the words'. ALLOW is not "
             "given where mean((scale * (f - shift))^2) > `limit`, with f the features, those of 'last' turned by `turn`"
         ),
         "before": template.before,
         "after": template.after,
         "room": template.room,
         "max_length": template.max_length,
-        "system_prompt": system_prompt,
+        "system_prompt": template.system_prompt,
+        "policy": template.policy,
         "chat_template": template.tokenizer.chat_template,
     }
 
@@ -321,7 +322,7 @@ def _write_beside(agent: Agent, folder: Path) -> Settings:
     settings: Settings = json.loads((agent.folder / "adapter.json").read_text(encoding="utf-8"))
     agent.template.tokenizer.save_pretrained(folder)
     write_bytes(folder / "safety_head.safetensors", save(head))
-    write_json(folder / "safety_head.json", head_settings(agent, settings["template"]["system_prompt"]))
+    write_json(folder / "safety_head.json", head_settings(agent))
     shutil.copyfile(exported.__file__, folder / "safety_head.py")
     return settings
 

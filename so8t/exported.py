@@ -72,7 +72,7 @@ class SafetyHead:
         number, longest, numbers = torch.zeros_like(tokens), self.spec["words"], []
         for n in range(longest):  # an n-gram ends where a shorter one ended a token before
             number = number[: len(tokens) - n] * 1_000_003 + tokens[n:] + 1
-            numbers.append(number * longest + n)
+            numbers.append((number * longest + n)[max(0, len(self.spec["before"]) - n) :])  # what ends behind the template's
         there = torch.isin(known, torch.cat(numbers))
         scores = idf[there] @ table[there] / idf[there].norm().clamp(min=1e-6) + bias
         return (1 - share) * logits.log_softmax(-1) + share * scores.log_softmax(-1)

@@ -193,6 +193,11 @@ class SO8TModel(nn.Module):
         self.head = SafetyHead(base.hidden_size, head, (gate.triality + head.commutator) * turned).to(base.device)
         self.gates.attach(base)
 
+    def prompts_open_with(self, tokens: int) -> None:
+        """So many tokens of the chat template begin every prompt: the words do not count what ends among them."""
+        if self.head.words is not None:
+            self.head.words.opening = tokens
+
     def safety_side(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that decisions depend on: every gate but those of the command side, and the head."""
         wanted = {id(p) for p in self.gates.safety_parameters()} | {id(p) for p in self.head.parameters()}

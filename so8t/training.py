@@ -101,7 +101,7 @@ def train(composed: DictConfig) -> dict[str, float]:
         limit_strangeness(module, data, config)
         size = config.data.batch_size
         rationales = learn(module.model, data.template, data.train, config.rationale, batch_size=size, seed=config.seed)
-        save_adapter(run / "adapter", module.model, data.template, rationales, system_prompt=config.data.system_prompt)
+        save_adapter(run / "adapter", module.model, data.template, rationales)
         if config.evaluate:
             metrics |= evaluate_run(module, data, config, console, loggers, last_states)
         draw(run, callbacks)
@@ -187,6 +187,7 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
     base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
     data.use_tokenizer(base.tokenizer)
     model = SO8TModel(base, config.gate, config.head)
+    model.prompts_open_with(len(data.template.before))
     if start is not None:
         start.put_on(model)
         model.head.limit.fill_(math.inf)  # behind these gates nothing was measured yet
@@ -202,7 +203,7 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
         config.pet,
         config.optim,
         class_counts=tuple(counts[k] for k in range(len(LABELS))),
-        cache=PrefixCache(base, store=store, keep=model.below),
+        cache=PrefixCache(base, store=store, keep=model.below, lead=data.template.before),
     )
 
 

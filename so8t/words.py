@@ -31,15 +31,16 @@ def _before(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def grams(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """All n-grams of real tokens as numbers, token by token where they end (1-gram first), and which of them are there for the
-    first time in their row: `[B, T], [B, T] -> [B, T * LONGEST]` twice."""
+def grams(tokens: Tensor, mask: Tensor, opening: int = 0) -> tuple[Tensor, Tensor]:
+    """All n-grams of real tokens as numbers, token by token where they end (1-gram first), and which of them end behind the
+    `opening` tokens of their row and are there for the first time: `[B, T], [B, T] -> [B, T * LONGEST]` twice."""
     number, real = tokens + 1, mask.bool()
-    numbers, there = [number * LONGEST], [real]
+    behind = real & (mask.cumsum(1) > opening)
+    numbers, there = [number * LONGEST], [behind]
     for n in range(1, LONGEST):  # an n-gram ends where a shorter one ended a token before
         number, real = _before(number) * _PLACE + tokens + 1, _before(real) & mask.bool()
         numbers.append(number * LONGEST + n)
-        there.append(real)
+        there.append(real & behind)
     valid = torch.stack(there, -1).flatten(1)
     found = torch.where(valid, torch.stack(numbers, -1).flatten(1), _NONE)
     ordered, places = found.sort(dim=1, stable=True)
@@ -50,8 +51,9 @@ def grams(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 class Words(nn.Module):
     """Log-probabilities from the distinct n-grams so far that are known, at most `count`, each weighted by its inverse document
-    frequency, together a vector of length 1. What stands in every prompt, as the chat template does, weighs nothing. `share` is
-    theirs in what is decided: none before they were fitted."""
+    frequency, together a vector of length 1. What stands in every prompt weighs nothing; so that a policy there does not take
+    the weight of its words in a request, nothing counts that ends in the `opening` tokens. `share` is theirs in what is
+    decided: none before they were fitted."""
 
     known: Tensor
     idf: Tensor
@@ -66,10 +68,11 @@ class Words(nn.Module):
         self.register_buffer("table", torch.zeros(count, len(LABELS)))
         self.register_buffer("bias", torch.zeros(len(LABELS)))
         self.register_buffer("share", torch.tensor(0.0))
+        self.opening = 0
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """At every token, of what stands up to it: `[B, T], [B, T] -> [B, T, 3]`."""
-        found, new = grams(tokens, mask)
+        found, new = grams(tokens, mask, self.opening)
         row = torch.searchsorted(self.known, found).clamp(max=len(self.known) - 1)
         weight = torch.where(new & (self.known[row] == found), self.idf[row], 0.0)
         by_token = (*tokens.shape, LONGEST)
@@ -88,7 +91,7 @@ class Words(nn.Module):
         mask, `[B, T]` each, to `[N, count]`."""
         rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
         for tokens, mask in prompts:
-            found, new = grams(tokens.cpu(), mask.cpu())
+            found, new = grams(tokens.cpu(), mask.cpu(), self.opening)
             rows += [row[counted].numpy() for row, counted in zip(found, new, strict=True)]
         numbers, times = np.unique(np.concatenate(rows), return_counts=True)
         most = np.argsort(-times, kind="stable")[: len(self.known)]

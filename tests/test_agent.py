@@ -260,7 +260,7 @@ def test_on_the_real_base_the_streamed_answer_is_the_one_of_generate(real_base, 
     torch.manual_seed(0)
     model = SO8TModel(real_base, GateSpec(top_layers=4), HeadSpec())
     template = Template(real_base.tokenizer, system_prompt=None, max_length=128)
-    save_adapter(tmp_path / "adapter", model, template, system_prompt=None)
+    save_adapter(tmp_path / "adapter", model, template)
     agent = Agent(model.eval(), template, tmp_path / "adapter")
     try:
         *_, grown = SafeAgent(agent, watch_every=3)._watchable(Prompt("What is the capital of France?"), 8)

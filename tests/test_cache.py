@@ -13,6 +13,7 @@ from so8t.base import BaseSpec, LeadKeys, load_base, shared_lead
 from so8t.cli import main
 from so8t.data import store as store_module
 from so8t.data.cache import PrefixCache
+from so8t.data.datamodule import pad_rows
 from so8t.data.store import CacheSpec, PrefixStore, clear_stores, row_key, store_root, stores, used_bytes
 from so8t.errors import ConfigError
 from tests.spies import Spy
@@ -170,6 +171,37 @@ def test_rows_that_cannot_be_read_back_are_still_right(tiny_base, tmp_path, monk
     assert torch.equal(hidden, tiny_base.prefix(tokens, mask))
 
 
+# -- what all rows begin with -------------------------------------------------------------------------------------------
+
+
+def test_the_states_of_the_lead_are_kept_once_and_change_nothing_else(tiny_base, tmp_path):
+    """Rows behind a lead, one that is the lead alone, and one that begins otherwise."""
+    lead = [9, 8, 7, 6]
+    rows = [[*lead, 5, 4], [*lead, 3, 3, 3], lead, [5, *lead]]
+    tokens, mask = pad_rows(rows, 0)
+    plain = PrefixCache(tiny_base).prefix(tokens, mask)
+    stored = PrefixStore.of(tiny_base, CacheSpec(folder=str(tmp_path)))
+    cache = PrefixCache(tiny_base, store=stored, lead=lead)
+    first = cache.prefix(tokens, mask)
+    assert torch.allclose(first[mask.bool()], plain[mask.bool()], atol=1e-5)
+    cache.flush()
+    again = PrefixCache(tiny_base, store=PrefixStore.of(tiny_base, CacheSpec(folder=str(tmp_path))), lead=lead)
+    assert torch.equal(again.prefix(tokens, mask), first), "in another process, bit for bit"
+    kept = [len(stored.get(cache.key(torch.tensor(row)))) for row in rows]
+    assert kept == [2, 3, 4, 5]
+
+
+def test_rows_with_and_without_their_lead_are_not_taken_for_each_other(tiny_base, tmp_path):
+    store = PrefixStore.of(tiny_base, CacheSpec(folder=str(tmp_path)))
+    tokens = torch.tensor([[9, 8, 7, 6, 5]])
+    caches = [PrefixCache(tiny_base, store=store, lead=lead) for lead in ([], [9, 8], [9, 8, 7])]
+    for cache in (*caches, *caches):
+        assert torch.allclose(
+            cache.prefix(tokens, torch.ones_like(tokens)), tiny_base.prefix(tokens, torch.ones_like(tokens)), atol=1e-5
+        )
+    assert len(store) == 5, "three, and two leads"
+
+
 # -- whose rows they are -----------------------------------------------------------------------------------------------
 
 
@@ -228,7 +260,7 @@ def test_the_losses_of_twenty_steps_are_the_same_with_and_without_it(tiny_run, t
     rounded = losses(tiny_run, folder, "rounded", "cache.dtype=bfloat16")
     assert rounded != without
     assert rounded == pytest.approx(without, rel=2**-6), "bf16 keeps 8 bits"
-    assert [s.rows for s in stores(own(folder))] == [105, 105], "two stores: 91 training rows and 14 of validation, once"
+    assert [s.rows for s in stores(own(folder))] == [106, 106], "two stores: 91 training rows, 14 of validation, and what all begin with, once"
 
 
 def test_a_second_run_computes_no_prefix_of_a_row_that_the_first_has_stored(tiny_run, tmp_path, monkeypatch):

@@ -55,8 +55,8 @@ def make_agent(folder: Path, base_spec: BaseSpec, gate: GateSpec, head: HeadSpec
     torch.manual_seed(0)
     model = SO8TModel(load_base(base_spec, cut=gate.top_layers), gate, head or HeadSpec())
     large_head(model)
-    template = Template(model.base.tokenizer, system_prompt="Be brief.", max_length=160)
-    save_adapter(folder / "adapter", model, template, system_prompt="Be brief.")
+    template = Template(model.base.tokenizer, system_prompt="Be brief.", policy="Judge it.", max_length=160)
+    save_adapter(folder / "adapter", model, template)
     return load_agent(folder)
 
 
@@ -171,7 +171,7 @@ def test_the_real_base_in_nf4_exports_to_the_same_logits_and_decisions(real_base
     try:
         large_head(model)
         template = Template(real_base.tokenizer, system_prompt="", max_length=160)
-        save_adapter(tmp_path / "adapter", model.eval(), template, system_prompt="")
+        save_adapter(tmp_path / "adapter", model.eval(), template)
         agent = Agent(model, template, tmp_path / "adapter")
         export_hf(agent, tmp_path / "hf")
         assert worst_logit(agent, tmp_path / "hf", REQUESTS[1:3]) < 1e-4
@@ -265,7 +265,8 @@ def test_the_safety_head_says_what_it_is(exported_tiny):
     told = json.loads((folder / "safety_head.json").read_text(encoding="utf-8"))
     assert told["labels"] == list(LABELS)
     assert (told["layers"], told["pooling"], told["max_length"]) == (["last"], "both", 160)
-    assert told["system_prompt"] == "Be brief."
+    assert (told["system_prompt"], told["policy"]) == ("Be brief.", "Judge it.")
+    assert agent.template.tokenizer.decode(told["before"]).count("Judge it.") == 1
     assert told["chat_template"] == agent.template.tokenizer.chat_template
     shapes = {n: tuple(t.shape) for n, t in load_file(folder / "safety_head.safetensors").items()}
     assert shapes == {"weight": (3, 128), "bias": (3,)}

@@ -118,7 +118,7 @@ def test_a_base_says_nothing_in_a_language_that_it_cannot_write(loaded, learned,
 
 
 def test_what_is_saved_writes_the_same_and_damage_is_told(loaded, learned, tmp_path):
-    save_adapter(tmp_path, loaded.model, loaded.template, learned, system_prompt=None)
+    save_adapter(tmp_path, loaded.model, loaded.template, learned)
     again = load_rationales(tmp_path, loaded.model)
     assert again is not None
     texts = [list(r.write(loaded.model, loaded.template, "forge it", None, Label.REFUSE, every=4)) for r in (learned, again)]

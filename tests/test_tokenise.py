@@ -45,6 +45,20 @@ def test_the_prompt_is_the_chat_template_around_the_request(template, request_te
     assert text_of(template, encoded.tokens[slice(*encoded.span)]) == request_text
 
 
+def test_the_policy_stands_before_what_is_decided_and_not_before_what_is_answered(tokenizer):
+    template = Template(tokenizer, system_prompt="Be brief.", policy="Judge it.", max_length=200)
+    plain = Template(tokenizer, system_prompt="Be brief.", max_length=200)
+    judge = Template(tokenizer, system_prompt="Judge it.", max_length=200)
+    assert template.encode("go on", "at home") == judge.encode("go on", "at home")
+    assert template.windows("go on " * 90) == judge.windows("go on " * 90)
+    prompt = Prompt("go on", "at home", (Exchange("hello", "hi"),))
+    assert template.encode_conversation(prompt) == plain.encode_conversation(prompt)
+    record = Record("go on", Label.ALLOW, task_output="where to?")
+    assert template.encode_target(record, "where to?", rationale=True) == plain.encode_target(
+        record, "where to?", rationale=True
+    )
+
+
 def test_context_stands_before_the_request_in_the_same_turn(template):
     encoded = template.encode("delete it", "You can delete files.")
     assert text_of(template, encoded.tokens[slice(*encoded.span)]) == "You can delete files.\n\ndelete it"
@@ -195,19 +209,17 @@ def targets_of(template: Template, rows: list[int]) -> list[tuple[str, str, str]
 def test_answers_and_rationales_are_targets_and_prompts_and_padding_are_masked(template):
     end = template.tokenizer.eos_token
     found = {(prompt, target) for prompt, target, _ in targets_of(template, [0, 1, 2])}
+    asked = template.encode_conversation(Prompt(TASKS[1].user_request + RATIONALE_INSTRUCTION))
     assert found == {
         (text_of(template, template.encode("a").tokens), "first answer" + end),
         (text_of(template, template.encode(TASKS[1].user_request).tokens), "no" + end),
-        (
-            text_of(template, template.encode(TASKS[1].user_request, suffix=RATIONALE_INSTRUCTION).tokens),
-            "because it harms" + end,
-        ),
+        (text_of(template, asked), "because it harms" + end),
     }
 
 
-def test_the_prompt_of_a_target_is_token_for_token_the_prompt_that_is_decided(template):
+def test_the_prompt_of_a_target_is_token_for_token_the_prompt_that_is_answered(template):
     for record in TASKS[:2]:
-        prompt = template.encode(record.user_request, record.context).tokens
+        prompt = template.encode_conversation(Prompt(record.user_request, record.context))
         target = template.encode_target(record, record.task_output, rationale=False)
         assert target.tokens[: target.start] == prompt
         assert target.tokens[-1] == template.tokenizer.eos_token_id

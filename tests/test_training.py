@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from so8t.adapter import Agent
 from so8t.base import load_base, stored_tensors
+from so8t.conversation import Prompt
 from so8t.data.datamodule import RecordDataset
 from so8t.data.records import Record
 from so8t.data.tokenise import RATIONALE_INSTRUCTION, Template
@@ -276,7 +277,7 @@ def test_the_language_model_loss_overfits_to_almost_nothing_and_then_the_agent_s
     agent = Agent(model.eval(), template, tmp_path)
     for record in records:
         assert agent.answer(record.user_request, gated=True) == record.task_output
-        tokens = template.encode(record.user_request, suffix=RATIONALE_INSTRUCTION).tokens
+        tokens = template.encode_conversation(Prompt(record.user_request + RATIONALE_INSTRUCTION))
         with model.task_path(), torch.no_grad():
             out = base.causal_lm.generate(torch.tensor([tokens]), max_new_tokens=30, do_sample=False, pad_token_id=0)
         assert base.tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True) == record.safety_rationale

@@ -59,6 +59,20 @@ def test_the_same_n_gram_is_the_same_number_wherever_it_stands(left, right):
     assert numbers(right) <= numbers(left + right)
 
 
+@given(opening=few, rest=few, pad=st.integers(0, 3))
+def test_what_ends_in_the_opening_of_every_prompt_counts_where_it_comes_again(opening, rest, pad):
+    tokens = torch.tensor([[9] * pad + opening + rest])
+    mask = torch.tensor([[0] * pad + [1] * len(opening + rest)])
+    found, new = grams(tokens, mask, len(opening))
+    whole = opening + rest
+    ends = range(len(opening) + 1, len(whole) + 1)
+    expected = {tuple(whole[end - n : end]) for end in ends for n in range(1, min(LONGEST, end) + 1)}
+    assert int(new.sum()) == len(expected)
+    assert not new.view(-1, LONGEST)[: pad + len(opening)].any()
+    alone, first = grams(*row(rest))
+    assert set(alone[first].tolist()) <= set(found[new].tolist())
+
+
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.lists(few | prompts, min_size=1, max_size=4), pad=st.integers(0, 5), side=st.sampled_from(["left", "right"]))
 def test_padding_and_company_change_nothing_and_what_comes_later_neither(tokens, pad, side):

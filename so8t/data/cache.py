@@ -4,6 +4,8 @@ In memory up to a bound, or in a `PrefixStore` on disk; rows that do not fit are
 or losses.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,22 @@ from so8t.data.store import PrefixStore, row_key
 
 class PrefixCache:
     """`prefix(tokens, mask)` with a memory: of up to `memory_gib` in the base's own dtype, or what `store` keeps. `keep` names
-    the layers below the cut whose outputs go along."""
+    the layers below the cut whose outputs go along. The states of `lead`, the tokens that the chat template puts before every
+    request, are kept once and not with each row."""
 
     def __init__(
-        self, base: SplitBase, memory_gib: float = 0.0, store: PrefixStore | None = None, *, keep: tuple[int, ...] = ()
+        self,
+        base: SplitBase,
+        memory_gib: float = 0.0,
+        store: PrefixStore | None = None,
+        *,
+        keep: tuple[int, ...] = (),
+        lead: Sequence[int] = (),
     ):
         self.base = base
         self.keep = keep
+        self.lead = torch.tensor(lead, dtype=torch.long)
+        self._of_lead: Tensor | None = None
         self.store = store
         self.room = int(memory_gib * 2**30)
         self._rows: dict[bytes, Tensor] = {}
@@ -40,19 +51,37 @@ class PrefixCache:
         """The prefix's output for right-padded rows: `[B, T], [B, T] -> [B, T, (1 + n) D]`. A row is the same the first time
         and later, also where the store rounds it."""
         lengths = mask.sum(-1).tolist()
-        keys = [row_key(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
+        rows = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+        keys, leads = [self.key(row) for row in rows], [self.shared(row) for row in rows]
         todo = [i for i, key in enumerate(keys) if key not in self]
         hidden = torch.zeros(*tokens.shape, self.width, dtype=self.base.dtype, device=tokens.device)
         if todo:
             longest = max(lengths[i] for i in todo)
             fresh = self.base.prefix(tokens[todo, :longest], mask[todo, :longest], self.keep)
             for row, i in zip(fresh, todo, strict=True):
-                self._put(keys[i], row[: lengths[i]])
+                self._put(keys[i], row[leads[i] : lengths[i]])
                 hidden[i, : lengths[i]] = row[: lengths[i]]
         for i, key in enumerate(keys):
             if key in self:
-                hidden[i, : lengths[i]] = self._get(key)
+                hidden[i, leads[i] : lengths[i]] = self._get(key)
+            if leads[i]:  # the same states whoever was first
+                hidden[i, : leads[i]] = self._states_of_lead()
         return hidden
+
+    def shared(self, tokens: Tensor) -> int:
+        """How many tokens `[n]` of a row are the lead's, and not kept with it."""
+        count = len(self.lead)
+        return count if count < len(tokens) and torch.equal(tokens[:count].cpu(), self.lead) else 0
+
+    def key(self, tokens: Tensor) -> bytes:
+        """What a row's states are found by."""
+        return row_key(tokens, without=self.shared(tokens))
+
+    def _states_of_lead(self) -> Tensor:
+        if self._of_lead is None:
+            tokens = self.lead[None].to(self.base.device)
+            self._of_lead = self.prefix(tokens, torch.ones_like(tokens))[0]  # a row as any other
+        return self._of_lead
 
     def flush(self) -> None:
         """Writes to disk what is not there yet."""

@@ -54,6 +54,7 @@ class DataSpec:
     test_fraction: ProperFraction = 0.15
     split_seed: Count = 0
     system_prompt: str | None = None
+    policy: str | None = None
     max_length: PositiveInt = 160
     batch_size: PositiveInt = 16
     eval_batch_size: PositiveInt = 32
@@ -244,7 +245,8 @@ class SafetyData(L.LightningDataModule):
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Reading and splitting need no tokenizer, so that bad data is told before a base is loaded."""
-        self._template = Template(tokenizer, system_prompt=self.spec.system_prompt, max_length=self.spec.max_length)
+        spec = self.spec
+        self._template = Template(tokenizer, system_prompt=spec.system_prompt, policy=spec.policy, max_length=spec.max_length)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and splits; a second call changes nothing."""

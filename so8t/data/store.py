@@ -76,9 +76,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-def row_key(tokens: Tensor) -> bytes:
-    """16 bytes that stand for one row's tokens `[n]`."""
-    return hashlib.sha256(tokens.cpu().numpy().tobytes()).digest()[:16]
+def row_key(tokens: Tensor, *, without: int = 0) -> bytes:
+    """16 bytes that stand for one row's tokens `[n]`, and for states that leave the first of them out."""
+    told = f"-{without}" if without else ""
+    return hashlib.sha256(tokens.cpu().numpy().tobytes() + told.encode()).digest()[:16]
 
 
 class PrefixStore:

@@ -41,23 +41,27 @@ class EncodedTarget:
 
 
 class Template:
-    """The base's chat template around one request.
+    """The base's chat template around one request: as the head reads it, and as the base answers it.
 
     Args:
-        system_prompt: text of the system turn; `None` leaves out the turn where the template lets us.
+        system_prompt: text of the system turn that the base answers behind; `None` leaves out the turn where the template
+            lets us.
+        policy: text of the system turn that the head reads a request behind; `None` takes the same turn as for an answer.
         max_length: tokens of a prompt; a longer request keeps its beginning and its end, or is read in `windows`.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or `max_length` leaves no room for the request.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None, max_length: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None, policy: str | None = None, max_length: int
+    ):
         if not tokenizer.chat_template:
             raise ConfigError("the base's tokenizer has no chat template: choose an instruct model")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._opening = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        self.before, self.after = self._around(1)
+        self.system_prompt, self.policy = system_prompt, policy
+        self.before, self.after = self._around(1, system_prompt if policy is None else policy)
         self.room = max_length - len(self.before) - len(self.after)
         if self.room < _LEAST:
             raise ConfigError(
@@ -65,11 +69,13 @@ class Template:
                 f"{len(self.before) + len(self.after)}: raise it"
             )
 
-    def _around(self, turns: int) -> list[list[int]]:
-        """The tokens before, between and behind the texts of so many turns, user's and assistant's by turns."""
+    def _around(self, turns: int, system: str | None) -> list[list[int]]:
+        """The tokens before, between and behind the texts of so many turns, user's and assistant's by turns; `system` is the
+        text of the turn before them."""
+        opening = [] if system is None else [{"role": "system", "content": system}]
         roles = [("user", "assistant")[k % 2] for k in range(turns)]
         rendered = self.tokenizer.apply_chat_template(
-            [*self._opening, *({"role": role, "content": _PLACEHOLDER} for role in roles)],
+            [*opening, *({"role": role, "content": _PLACEHOLDER} for role in roles)],
             tokenize=False,
             add_generation_prompt=True,
         )
@@ -85,13 +91,16 @@ class Template:
             ids = ids[:head] + ids[len(ids) - (room - head) :]
         return ids
 
-    def encode(self, request: str, context: str | None = None, suffix: str = "") -> Encoded:
-        """The prompt of one request; `context` stands before it in the same turn."""
-        text = f"{context}\n\n{request}" if context else request
-        tail = self._ids(suffix, plain=True) if suffix else []
-        body = self._request(text, max(_LEAST, self.room - len(tail))) + tail
+    def encode(self, request: str, context: str | None = None) -> Encoded:
+        """The prompt that the head reads of one request; `context` stands before it in the same turn."""
+        body = self._body(request, context)
         start = len(self.before)
         return Encoded(tuple(self.before + body + self.after), (start, start + len(body)))
+
+    def _body(self, request: str, context: str | None, suffix: str = "") -> list[int]:
+        text = f"{context}\n\n{request}" if context else request
+        tail = self._ids(suffix, plain=True) if suffix else []
+        return self._request(text, max(_LEAST, self.room - len(tail))) + tail
 
     def windows(self, request: str, context: str | None = None) -> list[Encoded]:
         """`encode`'s prompt, and if that has no room for the middle, prompts of all of it in windows that overlap by half: what
@@ -119,17 +128,18 @@ class Template:
         texts = [*(text for exchange in prompt.earlier for text in (exchange.request, exchange.answer)), prompt.request]
         if prompt.context:
             texts[0] = f"{prompt.context}\n\n{texts[0]}"
-        first, *pieces = self._around(len(texts))
+        first, *pieces = self._around(len(texts), self.system_prompt)
         tokens = list(first)
         for text, piece in zip(texts, pieces, strict=True):
             tokens += self._request(text, self.room) + piece
         return tuple(tokens)
 
     def encode_target(self, record: Record, target: str, *, rationale: bool) -> EncodedTarget:
-        """Prompt + target + end of turn; at most `max_length` tokens of target."""
-        prompt = self.encode(record.user_request, record.context, RATIONALE_INSTRUCTION if rationale else "")
+        """The prompt that the base answers + target + end of turn; at most `max_length` tokens of target."""
+        before, after = self._around(1, self.system_prompt)
+        prompt = [*before, *self._body(record.user_request, record.context, RATIONALE_INSTRUCTION if rationale else ""), *after]
         answer = self._ids(target, plain=True)[: self.max_length]
-        return EncodedTarget((*prompt.tokens, *answer, self.tokenizer.eos_token_id), len(prompt.tokens))
+        return EncodedTarget((*prompt, *answer, self.tokenizer.eos_token_id), len(prompt))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
