@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "not_framed": ("data.framed=0",),
     "framed_more": ("data.framed=0.3",),
     "not_coded": ("data.coded=0",),
+    "no_decision_prompt": ("data.decision_prompt=null", "data.max_length=160"),
     "not_reweighed": ("data.reweigh_languages=false",),
     "original_recipe": ("experiment=recipe/original",),
 }

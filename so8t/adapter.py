@@ -46,7 +46,7 @@ class TemplateSpec:
 
     max_length: PositiveInt
     system_prompt: str | None = None
-    policy: str | None = None
+    decision_prompt: str | None = None
 
 
 def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def save_adapter(folder: Path, model: SO8TModel, template: Template, rationales:
             "base_identity": identity(model.base),
             "gate": dataclasses.asdict(model.gates.spec),
             "head": dataclasses.asdict(model.head.spec),
-            "template": {name: getattr(template, name) for name in ("system_prompt", "policy", "max_length")},
+            "template": {name: getattr(template, name) for name in ("system_prompt", "decision_prompt", "max_length")},
         },
     )
 
@@ -265,7 +265,7 @@ def load_agent(run: Path, *, device: str | None = None, with_policy: bool = True
     stored.put_on(model)
     model.requires_grad_(False).eval()
     template = Template(base.tokenizer, **dataclasses.asdict(stored.template))
-    model.prompts_open_with(len(template.before))
+    model.prompts_open_with(template.before)
     return Agent(model, template, folder, policy, load_rationales(folder, model))
 
 

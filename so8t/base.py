@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -336,19 +336,40 @@ def shared_lead(tokens: Tensor, mask: Tensor) -> int:
 
 class LeadKeys:
     """Keys and values of the tokens that all rows begin with, in the place where a layer expects its cache: the first call of
-    a layer keeps them, the second puts them before every row's own."""
+    a layer keeps them, the second puts them before every row's own; `lasting` ones are there for more calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lasting: bool = False) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lasting = lasting
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
         """`[B, heads, T, d]` twice, to keys and values of all tokens seen so far."""
         if layer_idx not in self._kept:
             self._kept[layer_idx] = keys, values
             return keys, values
+        of_lead = self._kept[layer_idx] if self._lasting else self._kept.pop(layer_idx)
         both = [torch.cat([lead.expand(len(own), -1, -1, -1), own], dim=2)
-                for lead, own in zip(self._kept.pop(layer_idx), (keys, values), strict=True)]  # fmt: skip
+                for lead, own in zip(of_lead, (keys, values), strict=True)]  # fmt: skip
         return both[0], both[1]
+
+
+class Opening:
+    """What a chat template puts before every prompt, `tokens` `[n]`, and once the layers below the cut have read it, each
+    layer's keys and values, and the `[1, n, D]` states after each of them, the embedding first."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+        self.keys = LeadKeys(lasting=True)
+        self.states: list[Tensor] = []
+
+    def begins(self, tokens: Tensor, mask: Tensor) -> bool:
+        """Whether all rows begin with it, unpadded, and go on: `[B, T], [B, T] ->`."""
+        count = len(self.tokens)
+        return (
+            tokens.shape[1] > count
+            and bool(mask[:, :count].all())
+            and bool((tokens[:, :count] == self.tokens.to(tokens.device)).all())
+        )
 
 
 def _joined(first: Tensor, rest: Tensor) -> Tensor:
@@ -395,6 +416,7 @@ class SplitBase(nn.Module):
         self.cut = cut
         self.hidden_size = int(causal_lm.config.get_text_config().hidden_size)
         self.checkpoint_suffix = False
+        self.opening: Opening | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -452,8 +474,23 @@ class SplitBase(nn.Module):
         """Embedding and the layers below the cut, without gradients: `[B, T] -> [B, T, D]`, and `[B, T, (1 + n) D]` where the
         outputs of `n` layers (0 is the embedding) are kept, side by side behind it."""
         embedded = self.decoder.embed_tokens(tokens)
-        top, kept = self._run(self.prefix_layers, embedded, mask, keep, shared_lead(tokens, mask))
+        opening = self.opening if self.opening is not None and self.opening.begins(tokens, mask) else None
+        if opening is not None and not opening.states:
+            self._read(opening)
+        lead = shared_lead(tokens, mask) if opening is None else len(opening.tokens)
+        top, kept = self._run(self.prefix_layers, embedded, mask, keep, lead, opening)
         return torch.cat([top, *(kept[index] for index in keep)], dim=-1) if keep else top
+
+    def remember_opening(self, tokens: Sequence[int]) -> None:
+        """With these tokens a chat template begins every prompt: `prefix` reads them once, then what follows alone."""
+        self.opening = Opening(torch.tensor(tokens, device=self.device)) if tokens else None
+
+    def _read(self, opening: Opening) -> None:
+        row = opening.tokens[None]
+        opening.states.append(self.decoder.embed_tokens(row))
+        context = self._context(opening.states[0], torch.ones_like(row)) | {"past_key_values": opening.keys}
+        for layer in self.prefix_layers:
+            opening.states.append(layer(opening.states[-1], **context))
 
     def suffix(
         self, hidden: Tensor, mask: Tensor, keep: tuple[int, ...] = (), *, lead: int = 0
@@ -466,20 +503,29 @@ class SplitBase(nn.Module):
         return self._run(self.suffix_layers, hidden, mask, keep, lead)
 
     def _run(
-        self, layers: list[nn.Module], hidden: Tensor, mask: Tensor, keep: tuple[int, ...], lead: int
+        self,
+        layers: list[nn.Module],
+        hidden: Tensor,
+        mask: Tensor,
+        keep: tuple[int, ...],
+        lead: int,
+        opening: Opening | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Layers one after the other: `[B, T, D] -> [B, T, D]`, and the states after those in `keep` (0 is the input). The
-        leading tokens that all rows share run as one row: a causal model gives them the same states in every row."""
+        leading tokens that all rows share run as one row, or not at all where they are an `opening` that was read before: a
+        causal model gives them the same states in every row."""
         again = self.checkpoint_suffix and torch.is_grad_enabled()
         lead = 0 if again else lead  # a layer that is run again would keep its keys twice
         context = self._context(hidden, mask)
-        keys = {"past_key_values": LeadKeys()} if lead else {}
+        keys = {"past_key_values": LeadKeys() if opening is None else opening.keys} if lead else {}
         of_lead = _part(context, slice(0, 1), slice(0, lead), slice(0, lead)) | keys
         of_rest = _part(context, slice(None), slice(lead, None), slice(None)) | keys
         first, rest = hidden[:1, :lead], hidden[:, lead:]
         kept = {0: hidden} if 0 in keep else {}
         for index, layer in enumerate(layers, start=1):
-            if lead:
+            if opening is not None:
+                first = opening.states[index]
+            elif lead:
                 first = layer(first, **of_lead)
             rest = checkpoint(layer, rest, use_reentrant=False, **of_rest) if again else layer(rest, **of_rest)
             if index in keep:

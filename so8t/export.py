@@ -216,7 +216,7 @@ def head_settings(agent: Agent) -> dict[str, object]:
         "room": template.room,
         "max_length": template.max_length,
         "system_prompt": template.system_prompt,
-        "policy": template.policy,
+        "decision_prompt": template.decision_prompt,
         "chat_template": template.tokenizer.chat_template,
     }
 

@@ -1,7 +1,7 @@
 """Base + gates + safety head: the prefix's hidden states in, token-level safety logits and the task path out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -193,10 +193,12 @@ class SO8TModel(nn.Module):
         self.head = SafetyHead(base.hidden_size, head, (gate.triality + head.commutator) * turned).to(base.device)
         self.gates.attach(base)
 
-    def prompts_open_with(self, tokens: int) -> None:
-        """So many tokens of the chat template begin every prompt: the words do not count what ends among them."""
+    def prompts_open_with(self, tokens: Sequence[int]) -> None:
+        """With these tokens the chat template begins every prompt: the prefix reads them once, and the words do not count what
+        ends among them."""
+        self.base.remember_opening(tokens)
         if self.head.words is not None:
-            self.head.words.opening = tokens
+            self.head.words.opening = len(tokens)
 
     def safety_side(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that decisions depend on: every gate but those of the command side, and the head."""

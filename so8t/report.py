@@ -93,6 +93,7 @@ def _setup(run: RunFolder) -> Panel:
             ),
             "loss": ("loss.cost_weight", "loss.task_weight", "pet.weight", "pet.target", "pet.path"),
             "training": ("seed", "trainer.max_epochs", "data.batch_size", "optim.gate_lr", "optim.head_lr"),
+            "prompts and rows": ("data.decision_prompt", "data.framed", "data.coded"),
             "kept for the unseen set": ("data.holdout_sources",),
         }
         rows = [[what, "; ".join(f"{key} {_told(run.setting(key))}" for key in keys)] for what, keys in settings.items()]

@@ -187,7 +187,7 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
     base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
     data.use_tokenizer(base.tokenizer)
     model = SO8TModel(base, config.gate, config.head)
-    model.prompts_open_with(len(data.template.before))
+    model.prompts_open_with(data.template.before)
     if start is not None:
         start.put_on(model)
         model.head.limit.fill_(math.inf)  # behind these gates nothing was measured yet

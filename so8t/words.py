@@ -51,7 +51,7 @@ def grams(tokens: Tensor, mask: Tensor, opening: int = 0) -> tuple[Tensor, Tenso
 
 class Words(nn.Module):
     """Log-probabilities from the distinct n-grams so far that are known, at most `count`, each weighted by its inverse document
-    frequency, together a vector of length 1. What stands in every prompt weighs nothing; so that a policy there does not take
+    frequency, together a vector of length 1. What stands in every prompt weighs nothing; so that a prompt there does not take
     the weight of its words in a request, nothing counts that ends in the `opening` tokens. `share` is theirs in what is
     decided: none before they were fitted."""
 

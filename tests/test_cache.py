@@ -16,6 +16,7 @@ from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import pad_rows
 from so8t.data.store import CacheSpec, PrefixStore, clear_stores, row_key, store_root, stores, used_bytes
 from so8t.errors import ConfigError
+from tests.conftest import TINY
 from tests.spies import Spy
 
 WIDTH = 16
@@ -260,7 +261,9 @@ def test_the_losses_of_twenty_steps_are_the_same_with_and_without_it(tiny_run, t
     rounded = losses(tiny_run, folder, "rounded", "cache.dtype=bfloat16")
     assert rounded != without
     assert rounded == pytest.approx(without, rel=2**-6), "bf16 keeps 8 bits"
-    assert [s.rows for s in stores(own(folder))] == [106, 106], "two stores: 91 training rows, 14 of validation, and what all begin with, once"
+    assert [s.rows for s in stores(own(folder))] == [106, 106], (
+        "two stores: 91 training rows, 14 of validation, and what all begin with, once"
+    )
 
 
 def test_a_second_run_computes_no_prefix_of_a_row_that_the_first_has_stored(tiny_run, tmp_path, monkeypatch):
@@ -356,6 +359,33 @@ def test_running_the_lead_once_gives_every_row_what_it_gets_alone(tiny_model):
     for i, n in enumerate(mask.sum(1).tolist()):
         alone = base.prefix(tokens[i : i + 1, :n], mask[i : i + 1, :n])
         assert torch.allclose(alone[0], hidden[i, :n], atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [2, 4])
+def test_an_opening_that_was_read_before_changes_nothing_and_is_not_read_again(cut):
+    base = load_base(TINY, cut=cut)
+    opening = [9, 8, 7]
+    batches = [
+        pad_rows([[*opening, 5, 4], [*opening, 3, 3, 3, 3]], 0),  # some, one, one that goes on as another batch did
+        pad_rows([[*opening, 5]], 0),
+        pad_rows([[*opening, 5, 4, 3, 2]], 0),
+        pad_rows([opening], 0),  # nothing follows, it is another, it is behind padding
+        pad_rows([[9, 8, 6, 5], [*opening, 5]], 0),
+        (torch.tensor([[0, *opening, 5]]), torch.tensor([[0, 1, 1, 1, 1]])),
+    ]
+    keep = (0, 1) if cut == 2 else (0,)
+    before = [base.prefix(tokens, mask, keep) for tokens, mask in batches]
+    base.remember_opening(opening)
+    base.prefix(*batches[0], keep)
+    ran = []
+    for layer in base.prefix_layers:
+        layer.register_forward_pre_hook(lambda _module, inputs: ran.append(inputs[0].shape[1]))
+    for (tokens, mask), expected in zip(batches, before, strict=True):
+        real = mask.bool()
+        assert torch.allclose(base.prefix(tokens, mask, keep)[real], expected[real], atol=1e-5)
+    assert ran[: 3 * len(base.prefix_layers)] == [n for n in (4, 1, 4) for _ in base.prefix_layers]
+    base.remember_opening([])
+    assert base.opening is None
 
 
 def test_running_the_lead_once_gives_the_gates_the_same_gradient(tiny_model):

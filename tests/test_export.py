@@ -55,7 +55,7 @@ def make_agent(folder: Path, base_spec: BaseSpec, gate: GateSpec, head: HeadSpec
     torch.manual_seed(0)
     model = SO8TModel(load_base(base_spec, cut=gate.top_layers), gate, head or HeadSpec())
     large_head(model)
-    template = Template(model.base.tokenizer, system_prompt="Be brief.", policy="Judge it.", max_length=160)
+    template = Template(model.base.tokenizer, system_prompt="Be brief.", decision_prompt="Judge it.", max_length=160)
     save_adapter(folder / "adapter", model, template)
     return load_agent(folder)
 
@@ -265,7 +265,7 @@ def test_the_safety_head_says_what_it_is(exported_tiny):
     told = json.loads((folder / "safety_head.json").read_text(encoding="utf-8"))
     assert told["labels"] == list(LABELS)
     assert (told["layers"], told["pooling"], told["max_length"]) == (["last"], "both", 160)
-    assert (told["system_prompt"], told["policy"]) == ("Be brief.", "Judge it.")
+    assert (told["system_prompt"], told["decision_prompt"]) == ("Be brief.", "Judge it.")
     assert agent.template.tokenizer.decode(told["before"]).count("Judge it.") == 1
     assert told["chat_template"] == agent.template.tokenizer.chat_template
     shapes = {n: tuple(t.shape) for n, t in load_file(folder / "safety_head.safetensors").items()}

@@ -45,8 +45,8 @@ def test_the_prompt_is_the_chat_template_around_the_request(template, request_te
     assert text_of(template, encoded.tokens[slice(*encoded.span)]) == request_text
 
 
-def test_the_policy_stands_before_what_is_decided_and_not_before_what_is_answered(tokenizer):
-    template = Template(tokenizer, system_prompt="Be brief.", policy="Judge it.", max_length=200)
+def test_the_decision_prompt_stands_before_what_is_decided_and_not_before_what_is_answered(tokenizer):
+    template = Template(tokenizer, system_prompt="Be brief.", decision_prompt="Judge it.", max_length=200)
     plain = Template(tokenizer, system_prompt="Be brief.", max_length=200)
     judge = Template(tokenizer, system_prompt="Judge it.", max_length=200)
     assert template.encode("go on", "at home") == judge.encode("go on", "at home")

@@ -37,7 +37,8 @@ class DataSpec:
     `holdout_sources` are never trained on: they are the unseen test. Of the training rows, those of `train_labels` are trained
     on; no other split changes. A share `framed` of the training rows stands in another shape (`framing.py`), and
     `coded` of them join them in a code (`coded.py`). With `reweigh_languages` a row's language says nothing of its label
-    (`weights.py`). `task_rows` language-model sequences go with each batch on average (0.125: one with every eighth).
+    (`weights.py`). The head reads a request behind `decision_prompt`, the base answers it behind `system_prompt`.
+    `task_rows` language-model sequences go with each batch on average (0.125: one with every eighth).
     """
 
     sources: dict[str, SourceSpec]
@@ -54,7 +55,7 @@ class DataSpec:
     test_fraction: ProperFraction = 0.15
     split_seed: Count = 0
     system_prompt: str | None = None
-    policy: str | None = None
+    decision_prompt: str | None = None
     max_length: PositiveInt = 160
     batch_size: PositiveInt = 16
     eval_batch_size: PositiveInt = 32
@@ -246,7 +247,9 @@ class SafetyData(L.LightningDataModule):
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Reading and splitting need no tokenizer, so that bad data is told before a base is loaded."""
         spec = self.spec
-        self._template = Template(tokenizer, system_prompt=spec.system_prompt, policy=spec.policy, max_length=spec.max_length)
+        self._template = Template(
+            tokenizer, system_prompt=spec.system_prompt, decision_prompt=spec.decision_prompt, max_length=spec.max_length
+        )
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and splits; a second call changes nothing."""

@@ -46,7 +46,7 @@ class Template:
     Args:
         system_prompt: text of the system turn that the base answers behind; `None` leaves out the turn where the template
             lets us.
-        policy: text of the system turn that the head reads a request behind; `None` takes the same turn as for an answer.
+        decision_prompt: text of the system turn that the head reads a request behind; `None` takes the same as for an answer.
         max_length: tokens of a prompt; a longer request keeps its beginning and its end, or is read in `windows`.
 
     Raises:
@@ -54,14 +54,19 @@ class Template:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None, policy: str | None = None, max_length: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system_prompt: str | None,
+        decision_prompt: str | None = None,
+        max_length: int,
     ):
         if not tokenizer.chat_template:
             raise ConfigError("the base's tokenizer has no chat template: choose an instruct model")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.system_prompt, self.policy = system_prompt, policy
-        self.before, self.after = self._around(1, system_prompt if policy is None else policy)
+        self.system_prompt, self.decision_prompt = system_prompt, decision_prompt
+        self.before, self.after = self._around(1, system_prompt if decision_prompt is None else decision_prompt)
         self.room = max_length - len(self.before) - len(self.after)
         if self.room < _LEAST:
             raise ConfigError(
