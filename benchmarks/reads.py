@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     overrides = parser.parse_args().overrides
     quieten()
-    config = validate(composed(overrides, ROOT / "outputs"))
+    config = validate(composed(["data.coded=0", *overrides], ROOT / "outputs"))
     data = load_data(config)
     sets = {"train": data.train, "val": data.val, "test": data.test, "unseen": data.unseen}
     rows = [record for part in sets.values() for record in part]

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 
 from so8t.base import BaseSpec, identity, load_base
 from so8t.calibration import Policy, load_policy
-from so8t.conversation import Reading
+from so8t.conversation import Prompt, Reading
 from so8t.data.cache import PrefixCache
 from so8t.data.tokenise import Encoded, Template, pad_rows
 from so8t.errors import ArtefactError
@@ -35,7 +35,7 @@ REPETITION_PENALTY = 1.1
 """A small base that answers greedily goes round in circles without one."""
 
 MOST_WINDOWS = 64
-"""Prompts that a text is read in. With the default room of about 130 tokens these are about 4,000."""
+"""Prompts that a text is read in. With the default room of about 150 tokens these are about 4,700."""
 AT_ONCE = 64
 """Prompts in one pass at most."""
 
@@ -47,6 +47,11 @@ class TemplateSpec:
     max_length: PositiveInt
     system_prompt: str | None = None
     decision_prompt: str | None = None
+
+    @property
+    def read_behind(self) -> str | None:
+        """The system turn that the head reads a request behind."""
+        return self.system_prompt if self.decision_prompt is None else self.decision_prompt
 
 
 def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
@@ -137,8 +142,8 @@ class Agent:
 
         Behind large interior rotations the base loses its language, and `R_cmd` alone cannot bring it back.
         """
-        encoded = self.template.encode(request, context)
-        tokens = torch.tensor([encoded.tokens], device=self.model.base.device)
+        prompt = self.template.encode_conversation(Prompt(request, context))
+        tokens = torch.tensor([prompt], device=self.model.base.device)
         tokenizer = self.template.tokenizer
         with self.model.task_path() if gated else self.model.without_gates():
             out = self.model.base.causal_lm.generate(
@@ -232,7 +237,7 @@ def read_adapter(run: Path) -> Stored:
         raise ArtefactError(f"{folder}: the adapter is damaged: {str(error).splitlines()[0]}") from None
 
 
-def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec) -> Stored:
+def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec, template: TemplateSpec) -> Stored:
     """`init_from`: a run's adapter that the gates and the head of a new run can take up.
 
     Raises:
@@ -243,9 +248,11 @@ def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec) -> Stored:
     ours = {**dataclasses.asdict(gate), **{key: getattr(head, key) for key in of_head}}
     theirs = {**dataclasses.asdict(stored.gate), **{key: getattr(stored.head, key) for key in of_head}}
     other = [key for key in ours if key != "init_std" and ours[key] != theirs[key]]
-    if other:
-        told = ", ".join(f"{'head' if key in of_head else 'gate'}.{key}={theirs[key]}" for key in other)
-        raise ArtefactError(f"init_from={run}: its adapter has {told}: set the same")
+    told = [f"{'head' if key in of_head else 'gate'}.{key}={theirs[key]}" for key in other]
+    if stored.template.read_behind != template.read_behind:
+        told.append(f"data.decision_prompt={json.dumps(stored.template.read_behind)}")
+    if told:
+        raise ArtefactError(f"init_from={run}: its adapter has {', '.join(told)}: set the same")
     return stored
 
 

@@ -474,23 +474,29 @@ class SplitBase(nn.Module):
         """Embedding and the layers below the cut, without gradients: `[B, T] -> [B, T, D]`, and `[B, T, (1 + n) D]` where the
         outputs of `n` layers (0 is the embedding) are kept, side by side behind it."""
         embedded = self.decoder.embed_tokens(tokens)
-        opening = self.opening if self.opening is not None and self.opening.begins(tokens, mask) else None
-        if opening is not None and not opening.states:
-            self._read(opening)
-        lead = shared_lead(tokens, mask) if opening is None else len(opening.tokens)
+        lead, opening = shared_lead(tokens, mask), self.opening
+        if opening is not None and opening.begins(tokens, mask) and len(tokens) * (lead - len(opening.tokens)) <= lead:
+            lead = len(opening.tokens)  # what they share besides is not worth reading the opening again
+            self._read(opening, like=embedded)
+        else:
+            opening = None
         top, kept = self._run(self.prefix_layers, embedded, mask, keep, lead, opening)
         return torch.cat([top, *(kept[index] for index in keep)], dim=-1) if keep else top
 
     def remember_opening(self, tokens: Sequence[int]) -> None:
         """With these tokens a chat template begins every prompt: `prefix` reads them once, then what follows alone."""
-        self.opening = Opening(torch.tensor(tokens, device=self.device)) if tokens else None
+        self.opening = Opening(torch.tensor(tokens)) if tokens else None
 
-    def _read(self, opening: Opening) -> None:
-        row = opening.tokens[None]
-        opening.states.append(self.decoder.embed_tokens(row))
-        context = self._context(opening.states[0], torch.ones_like(row)) | {"past_key_values": opening.keys}
+    def _read(self, opening: Opening, *, like: Tensor) -> None:
+        """Fills it where it was not read yet, or where the base was not: of the device and number format of `like`."""
+        if opening.states and (opening.states[0].device, opening.states[0].dtype) == (like.device, like.dtype):
+            return
+        row, keys = opening.tokens[None].to(like.device), LeadKeys(lasting=True)
+        states = [self.decoder.embed_tokens(row)]
+        context = self._context(states[0], torch.ones_like(row)) | {"past_key_values": keys}
         for layer in self.prefix_layers:
-            opening.states.append(layer(opening.states[-1], **context))
+            states.append(layer(states[-1], **context))
+        opening.keys, opening.states = keys, states
 
     def suffix(
         self, hidden: Tensor, mask: Tensor, keep: tuple[int, ...] = (), *, lead: int = 0

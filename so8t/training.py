@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from so8t.adapter import Agent, adapter_to_start_from, save_adapter
+from so8t.adapter import Agent, TemplateSpec, adapter_to_start_from, save_adapter
 from so8t.base import load_base
 from so8t.baselines import Baselines, Floats
 from so8t.callbacks.checkpoints import BestUnderCeiling
@@ -182,7 +182,8 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
     """
     with_head = bool(config.loss.task_weight)
     run = config.init_from
-    start = None if run is None else adapter_to_start_from(Path(run), config.gate, config.head)
+    prompts = TemplateSpec(config.data.max_length, config.data.system_prompt, config.data.decision_prompt)
+    start = None if run is None else adapter_to_start_from(Path(run), config.gate, config.head, prompts)
     base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config), with_head=with_head)
     base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
     data.use_tokenizer(base.tokenizer)

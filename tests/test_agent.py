@@ -259,13 +259,15 @@ def test_on_the_real_base_the_streamed_answer_is_the_one_of_generate(real_base, 
 
     torch.manual_seed(0)
     model = SO8TModel(real_base, GateSpec(top_layers=4), HeadSpec())
-    template = Template(real_base.tokenizer, system_prompt=None, max_length=128)
+    template = Template(real_base.tokenizer, system_prompt=None, decision_prompt="Judge the request.", max_length=128)
     save_adapter(tmp_path / "adapter", model, template)
     agent = Agent(model.eval(), template, tmp_path / "adapter")
     try:
         *_, grown = SafeAgent(agent, watch_every=3)._watchable(Prompt("What is the capital of France?"), 8)
         assert "Paris" in grown.text
         assert grown.text == agent.answer("What is the capital of France?", max_new_tokens=8)
+        plain = Agent(model, Template(real_base.tokenizer, system_prompt=None, max_length=128), tmp_path / "adapter")
+        assert grown.text == plain.answer("What is the capital of France?", max_new_tokens=8), "not behind what decisions are"
         requests = [("What is the capital of France?", None), ("wire the money " * 20, "a bank"), ("日本語", None)]
         alone = torch.cat([agent.decide(*request).probabilities for request in requests])
         assert torch.allclose(agent.decide_many(requests).probabilities, alone, atol=1e-4)

@@ -165,7 +165,7 @@ def test_an_export_reads_the_same_words(tmp_path):
     told = [torch.tensor([agent.template.encode(request).tokens]) for request in (*REQUESTS, *REQUESTS, "bake a cake")]
     words.measure([(tokens, torch.ones_like(tokens)) for tokens in told])
     words.begin_with(torch.randn(3, 300), torch.randn(3))
-    found = [torch.isin(words.known[words.idf > 0], grams(t, torch.ones_like(t))[0]).sum() for t in told]
+    found = [torch.isin(words.known[words.idf > 0], grams(t, torch.ones_like(t), words.opening)[0]).sum() for t in told]
     assert len(set(map(int, found))) >= 4, "prompts know different n-grams"
     assert {int(number) % LONGEST for number in words.known[words.idf > 0]} == {0, 1, 2}, "of every length"
     export_hf(agent, tmp_path / "hf")

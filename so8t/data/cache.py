@@ -52,7 +52,8 @@ class PrefixCache:
         and later, also where the store rounds it."""
         lengths = mask.sum(-1).tolist()
         rows = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
-        keys, leads = [self.key(row) for row in rows], [self.shared(row) for row in rows]
+        leads = [self.shared(row) for row in rows]
+        keys = [row_key(row, without=lead) for row, lead in zip(rows, leads, strict=True)]
         todo = [i for i, key in enumerate(keys) if key not in self]
         hidden = torch.zeros(*tokens.shape, self.width, dtype=self.base.dtype, device=tokens.device)
         if todo:

@@ -1,15 +1,17 @@
 """Training rows that cannot be read as they stand: short requests in a code, all of them ESCALATE.
 
 What a request in a code asks is for a person to find out. A row is drawn without looking at its label, so a code tells nothing
-about it. None of the codes that robustness is tested with (`wrappings.py`) is here, nor any that puts other letters or digits
-for letters, as two of them do.
+about it. None of the codes that robustness is tested with (`wrappings.py`) is here, nor any that puts one letter for another.
 """
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 
 from so8t.data.records import Record
 from so8t.labels import Label
+
+log = logging.getLogger(__name__)
 
 SOURCE = "codes"
 """What the rows' source is called."""
@@ -74,7 +76,11 @@ def coded(rows: Sequence[Record], share: float, *, seed: int) -> list[Record]:
     draw = random.Random(f"codes-{seed}")  # noqa: S311  (a string seeds the same way in every process)
     fit = [r for r in rows if r.language in CODES and r.context is None and SHORTEST <= len(r.user_request) <= LONGEST]
     made = []
-    for row in draw.sample(fit, min(len(fit), round(share * len(rows)))):
+    wanted = round(share * len(rows))
+    if len(fit) < wanted:
+        log.warning("data.coded: %d rows instead of %d: no more are short and in a language with codes (%s)",
+                    len(fit), wanted, ", ".join(CODES))  # fmt: skip
+    for row in draw.sample(fit, min(len(fit), wanted)):
         language = row.language or ""
         text = draw.choice(CODES[language])(row.user_request, draw)
         opening = draw.choice(["", draw.choice(OPENINGS[language])])

@@ -67,11 +67,12 @@ class Template:
         self.max_length = max_length
         self.system_prompt, self.decision_prompt = system_prompt, decision_prompt
         self.before, self.after = self._around(1, system_prompt if decision_prompt is None else decision_prompt)
-        self.room = max_length - len(self.before) - len(self.after)
+        self._answered = self._around(1, system_prompt)
+        self.room = max_length - max(sum(map(len, around)) for around in ((self.before, self.after), self._answered))
         if self.room < _LEAST:
             raise ConfigError(
-                f"data.max_length={max_length} leaves {self.room} tokens for the request beside the chat template's "
-                f"{len(self.before) + len(self.after)}: raise it"
+                f"data.max_length={max_length} leaves {self.room} tokens for the request beside the "
+                f"{max_length - self.room} of the chat template and its system turn: raise it"
             )
 
     def _around(self, turns: int, system: str | None) -> list[list[int]]:
@@ -141,7 +142,7 @@ class Template:
 
     def encode_target(self, record: Record, target: str, *, rationale: bool) -> EncodedTarget:
         """The prompt that the base answers + target + end of turn; at most `max_length` tokens of target."""
-        before, after = self._around(1, self.system_prompt)
+        before, after = self._answered
         prompt = [*before, *self._body(record.user_request, record.context, RATIONALE_INSTRUCTION if rationale else ""), *after]
         answer = self._ids(target, plain=True)[: self.max_length]
         return EncodedTarget((*prompt, *answer, self.tokenizer.eos_token_id), len(prompt))
