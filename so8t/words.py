@@ -100,7 +100,8 @@ class Words(nn.Module):
         for buffer, values, rest in ((self.known, known, _NONE), (self.idf, idf, 0.0)):
             buffer.fill_(rest)
             buffer[: len(values)] = torch.from_numpy(values)
-        columns = [np.flatnonzero(np.isin(known, row, assume_unique=True)) for row in rows]
+        places = [np.searchsorted(known, row).clip(max=max(0, len(known) - 1)) for row in rows]
+        columns = [np.sort(at[known[at] == row]) if len(known) else at[:0] for at, row in zip(places, rows, strict=True)]
         weights = [idf[k] / max(np.linalg.norm(idf[k]), 1e-6) for k in columns]
         ends = np.cumsum([0, *map(len, columns)])
         return csr_matrix((np.concatenate(weights), np.concatenate(columns), ends), shape=(len(rows), len(self.known)))
