@@ -20,7 +20,7 @@ from so8t.base import BaseSpec, identity, load_base
 from so8t.calibration import Policy, load_policy
 from so8t.conversation import Prompt, Reading
 from so8t.data.cache import PrefixCache
-from so8t.data.tokenise import Encoded, Template, pad_rows
+from so8t.data.tokenise import Encoded, Template, pad_rows, read_behind
 from so8t.errors import ArtefactError
 from so8t.files import write_bytes, write_json
 from so8t.gates import GateSpec
@@ -47,11 +47,6 @@ class TemplateSpec:
     max_length: PositiveInt
     system_prompt: str | None = None
     decision_prompt: str | None = None
-
-    @property
-    def read_behind(self) -> str | None:
-        """The system turn that the head reads a request behind."""
-        return self.system_prompt if self.decision_prompt is None else self.decision_prompt
 
 
 def _tensors(model: SO8TModel) -> dict[str, torch.Tensor]:
@@ -249,8 +244,9 @@ def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec, template: T
     theirs = {**dataclasses.asdict(stored.gate), **{key: getattr(stored.head, key) for key in of_head}}
     other = [key for key in ours if key != "init_std" and ours[key] != theirs[key]]
     told = [f"{'head' if key in of_head else 'gate'}.{key}={theirs[key]}" for key in other]
-    if stored.template.read_behind != template.read_behind:
-        told.append(f"data.decision_prompt={json.dumps(stored.template.read_behind)}")
+    asked, used = (read_behind(t.system_prompt, t.decision_prompt) for t in (template, stored.template))
+    if asked != used:
+        told.append(f"data.decision_prompt={json.dumps(used)}")
     if told:
         raise ArtefactError(f"init_from={run}: its adapter has {', '.join(told)}: set the same")
     return stored

@@ -49,6 +49,12 @@ def grams(tokens: Tensor, mask: Tensor, opening: int = 0) -> tuple[Tensor, Tenso
     return found, torch.zeros_like(valid).scatter(1, places, new) & valid
 
 
+def _find(known: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Where n-grams stand in the sorted known ones, and which of them do: `[count], [...] -> [...]` twice."""
+    place = torch.searchsorted(known, numbers).clamp(max=len(known) - 1)
+    return place, known[place] == numbers
+
+
 class Words(nn.Module):
     """Log-probabilities from the distinct n-grams so far that are known, at most `count`, each weighted by its inverse document
     frequency, together a vector of length 1. What stands in every prompt weighs nothing; so that a prompt there does not take
@@ -73,8 +79,8 @@ class Words(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """At every token, of what stands up to it: `[B, T], [B, T] -> [B, T, 3]`."""
         found, new = grams(tokens, mask, self.opening)
-        row = torch.searchsorted(self.known, found).clamp(max=len(self.known) - 1)
-        weight = torch.where(new & (self.known[row] == found), self.idf[row], 0.0)
+        row, known = _find(self.known, found)
+        weight = torch.where(new & known, self.idf[row], 0.0)
         by_token = (*tokens.shape, LONGEST)
         scores = (weight[..., None] * self.table[row]).view(*by_token, -1).sum(2).cumsum(1)
         length = weight.square().view(by_token).sum(2).cumsum(1).sqrt()
@@ -100,8 +106,9 @@ class Words(nn.Module):
         for buffer, values, rest in ((self.known, known, _NONE), (self.idf, idf, 0.0)):
             buffer.fill_(rest)
             buffer[: len(values)] = torch.from_numpy(values)
-        places = [np.searchsorted(known, row).clip(max=max(0, len(known) - 1)) for row in rows]
-        columns = [np.sort(at[known[at] == row]) if len(known) else at[:0] for at, row in zip(places, rows, strict=True)]
+        table = self.known.cpu()
+        places = (_find(table, torch.from_numpy(row)) for row in rows)
+        columns = [place[known].sort().values.numpy() for place, known in places]
         weights = [idf[k] / max(np.linalg.norm(idf[k]), 1e-6) for k in columns]
         ends = np.cumsum([0, *map(len, columns)])
         return csr_matrix((np.concatenate(weights), np.concatenate(columns), ends), shape=(len(rows), len(self.known)))

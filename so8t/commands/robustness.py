@@ -66,9 +66,7 @@ def run(args: argparse.Namespace) -> None:
     agent = load_agent(folder, with_policy=not args.uncalibrated)
 
     def decide(rows: Sequence[Record], title: str) -> Predictions:
-        cache = PrefixCache(
-            agent.model.base, keep=agent.model.below, lead=agent.template.before
-        )  # without room: nothing is read twice
+        cache = PrefixCache(agent.model.base, keep=agent.model.below)  # without room: nothing is read twice
         title = "" if args.json else title
         told = predict(agent.model, rows, agent.template, batch_size=args.batch_size, cache=cache, title=title)
         return told if agent.policy is None else told.under(agent.policy)

@@ -75,11 +75,11 @@ def coded(rows: Sequence[Record], share: float, *, seed: int) -> list[Record]:
     the same seed and rows."""
     draw = random.Random(f"codes-{seed}")  # noqa: S311  (a string seeds the same way in every process)
     fit = [r for r in rows if r.language in CODES and r.context is None and SHORTEST <= len(r.user_request) <= LONGEST]
-    made = []
     wanted = round(share * len(rows))
     if len(fit) < wanted:
         log.warning("data.coded: %d rows instead of %d: no more are short and in a language with codes (%s)",
                     len(fit), wanted, ", ".join(CODES))  # fmt: skip
+    made = []
     for row in draw.sample(fit, min(len(fit), wanted)):
         language = row.language or ""
         text = draw.choice(CODES[language])(row.user_request, draw)

@@ -40,6 +40,11 @@ class EncodedTarget:
     start: int
 
 
+def read_behind(system_prompt: str | None, decision_prompt: str | None) -> str | None:
+    """The system turn that the head reads a request behind."""
+    return system_prompt if decision_prompt is None else decision_prompt
+
+
 class Template:
     """The base's chat template around one request: as the head reads it, and as the base answers it.
 
@@ -66,7 +71,7 @@ class Template:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.system_prompt, self.decision_prompt = system_prompt, decision_prompt
-        self.before, self.after = self._around(1, system_prompt if decision_prompt is None else decision_prompt)
+        self.before, self.after = self._around(1, read_behind(system_prompt, decision_prompt))
         self._answered = self._around(1, system_prompt)
         self.room = max_length - max(sum(map(len, around)) for around in ((self.before, self.after), self._answered))
         if self.room < _LEAST:
