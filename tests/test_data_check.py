@@ -44,12 +44,23 @@ def test_a_bad_row_is_told_with_file_and_line(files):
 
 def test_duplicates_conflicts_and_leaks_are_told_apart(files):
     found = check_files(files)
-    rows = {(pair.first.rsplit(" ", 1)[1], pair.second.rsplit(" ", 1)[1]) for pair in found.within}
+    rows = {(pair.first.rsplit(":", 1)[1], pair.second.rsplit(":", 1)[1]) for pair in found.within}
     assert rows == {("1", "3"), ("1", "4"), ("3", "4")}
     (conflict,) = found.conflicts
-    assert (conflict.first, conflict.second) == (f"{files[0]}, row 1", f"{files[0]}, row 3")
+    assert (conflict.first, conflict.second) == (f"{files[0]}:1", f"{files[0]}:3")
     (leak,) = found.leaks
-    assert (leak.first, leak.second, leak.same_label) == (f"{files[0]}, row 2", f"{files[1]}, row 1", True)
+    assert (leak.first, leak.second, leak.same_label) == (f"{files[0]}:2", f"{files[1]}:1", True)
+
+
+def test_a_pair_is_named_by_lines_of_the_file_whatever_is_between(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [row("Open the door")])
+    path.write_text("not JSON\n\n" + path.read_text() + "\n" + path.read_text())
+    (pair,) = check_files([path]).within
+    assert (pair.first, pair.second) == (f"{path}:3", f"{path}:5")
+
+
+def test_a_file_that_is_given_twice_leaks_into_itself(files):
+    assert len(check_files([files[0], files[0]]).leaks) >= 5
 
 
 def test_the_same_request_in_another_context_is_no_conflict(tmp_path):

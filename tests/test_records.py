@@ -182,3 +182,8 @@ def test_where_no_label_is_needed_a_missing_one_is_escalate_and_a_wrong_one_stil
     path = file_of(tmp_path, {"user_request": "x"})
     assert read_jsonl(path, require_label=False)[0][0].safety_label is Label.ESCALATE
     assert "safety_label" in complaint(file_of(tmp_path, {"user_request": "x", "label": "OK"}), require_label=False)
+
+
+def test_a_field_that_is_null_is_not_there_and_its_other_name_is_read():
+    record = parse_record({"user_request": None, "prompt": "hi", "label": "ALLOW", "safety_label": None}, default_source="x")
+    assert (record.user_request, record.safety_label) == ("hi", Label.ALLOW)

@@ -290,10 +290,20 @@ def test_a_public_source_out_of_reach_is_left_out_and_said_so(index, tmp_path, c
     assert len(missing) == 1
     assert missing[0].startswith("source gone is left out: cannot download")
     assert missing[0] in caplog.text
-    with pytest.raises(FetchError):
-        load_sources({"gone": gone, "file": file}, on_bad_row="error", required=frozenset({"gone"}))
     with pytest.raises(DataError, match="no source is left to train on"):
         load_sources({"gone": gone}, on_bad_row="error")
+
+
+def test_rows_weigh_what_their_source_does_whatever_they_are_called(tmp_path):
+    mine = write_rows(tmp_path / "mine.jsonl", [row | {"source": "elsewhere"} for row in synthetic_rows(4)])
+    other = write_rows(tmp_path / "other.jsonl", synthetic_rows(4, seed=1))
+    sources = {
+        "a": SourceSpec(kind="file", path=str(mine), weight=5.0),
+        "b": SourceSpec(kind="file", path=str(other), weight=0.1, max_rows=2),
+    }
+    loaded, _ = load_sources(sources, on_bad_row="error")
+    assert {r.weight for r in loaded["a"].records} == {5.0}
+    assert [r.weight for r in loaded["b"].records] == [0.1, 0.1]
 
 
 def test_a_file_fills_in_language_and_licence_and_keeps_what_its_rows_say(tmp_path):
@@ -364,3 +374,47 @@ def test_the_public_sets_hold_what_the_issue_counted_in_them(make_config, name, 
         assert {r.language for r in loaded.records} == {"en", "ja"}
     if name == "do_not_answer":
         assert {r.licence for r in loaded.records} == {"CC-BY-NC-SA-4.0"}
+
+
+# -- files of one's own that are whole splits ---------------------------------------------------------------------------
+
+
+def split(path, **more) -> SafetyData:
+    spec = DataSpec({"file": SourceSpec(kind="file", path=str(path))}, val_fraction=0.2, test_fraction=0.2, **more)
+    data = SafetyData(spec, seed=0)
+    data.setup()
+    return data
+
+
+def test_a_test_file_is_kept_apart_from_what_teaches_and_from_what_chooses(tmp_path):
+    rows = synthetic_rows(90)
+    train, new = write_rows(tmp_path / "train.jsonl", rows[:60]), rows[60:]
+    val = write_rows(tmp_path / "val.jsonl", new[:15])
+    test = write_rows(tmp_path / "test.jsonl", [*new[15:], *rows[:5], *new[:5]])
+    data = split(train, val_path=str(val), test_path=str(test))
+    assert [r.user_request for r in data.val] == [row["user_request"] for row in new[:15]]
+    assert [r.user_request for r in data.test] == [row["user_request"] for row in new[15:]]
+    assert sum(data.skipped.values()) == 10
+
+
+def test_twins_of_training_rows_are_left_out_of_files_too(tmp_path):
+    rows = [row | {"group": f"g{k // 3 if k < 30 else k}"} for k, row in enumerate(synthetic_rows(60))]
+    data = split(write_rows(tmp_path / "even.jsonl", rows[::2]), test_path=str(write_rows(tmp_path / "odd.jsonl", rows[1::2])))
+    taught = {r.group for r in [*data.train, *data.val]}
+    assert [r.group for r in data.test] == [row["group"] for row in rows[31::2]]
+    assert taught.isdisjoint(r.group for r in data.test)
+    assert data.skipped == {"test (near-duplicates or twins of training and validation rows)": 15}
+
+
+def test_a_split_that_overlap_has_emptied_says_so(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", synthetic_rows(60))
+    with pytest.raises(DataError, match=r"test split has no rows .*60 left out: test \(near-duplicates or twins"):
+        split(path, val_path=str(write_rows(tmp_path / "val.jsonl", synthetic_rows(9, seed=5))), test_path=str(path))
+
+
+def test_bad_rows_of_a_test_file_are_counted_and_told(tmp_path, caplog):
+    rows = synthetic_rows(90)
+    test = write_rows(tmp_path / "held.jsonl", [*rows[60:], {"user_request": "no label"}])
+    data = split(write_rows(tmp_path / "train.jsonl", rows[:60]), test_path=str(test), on_bad_row="skip")
+    assert data.skipped["test (bad rows)"] == 1
+    assert "held.jsonl:31: safety_label" in caplog.text

@@ -13,17 +13,17 @@ from so8t.training import load_data
 from tests.conftest import TINY, synthetic_rows, write_rows
 
 CELLS = [(language, label) for language in ("en", "ja", None) for label in Label]
-BY_SOURCE = {"one": 0.5, "two": 3.0}
+WEIGHTS = (0.5, 3.0, 1.0)
 
 
 @st.composite
 def rows(draw) -> list[Record]:
-    """Any number of rows of every language and label, of several sources."""
+    """Any number of rows of every language and label, of sources that weigh differently."""
     counts = draw(st.lists(st.integers(0, 4 * LEAST), min_size=len(CELLS), max_size=len(CELLS)))
-    sources = draw(st.lists(st.sampled_from(["one", "two", "unnamed"]), min_size=1, max_size=7))
+    weights = draw(st.lists(st.sampled_from(WEIGHTS), min_size=1, max_size=7))
     cells = [cell for cell, count in zip(CELLS, counts, strict=True) for _ in range(count)]
     return [
-        Record("a request", label, language=language, source=sources[k % len(sources)])
+        Record("a request", label, language=language, weight=weights[k % len(weights)])
         for k, (language, label) in enumerate(cells)
     ]
 
@@ -35,8 +35,8 @@ def mass(records, weights, **wanted) -> float:
 @given(rows())
 @settings(max_examples=100, deadline=None)
 def test_labels_and_languages_keep_their_weight_and_the_labels_shares_are_the_same_in_every_language_that_has_them(records):
-    plain = row_weights(records, BY_SOURCE, reweigh_languages=False)
-    weights = row_weights(records, BY_SOURCE, reweigh_languages=True)
+    plain = row_weights(records, reweigh_languages=False)
+    weights = row_weights(records, reweigh_languages=True)
     assert all(w > 0 for w in weights)
     for label in Label:
         assert mass(records, weights, safety_label=label) == pytest.approx(mass(records, plain, safety_label=label))
@@ -59,7 +59,7 @@ def test_by_hand():
     counts |= {("ja", Label.ALLOW): 40, ("ja", Label.ESCALATE): 10, ("ja", Label.REFUSE): 10}
     records = [Record("a", label, language=language) for (language, label), n in counts.items() for _ in range(n)]
     found = dict(
-        zip([(r.language, r.safety_label) for r in records], row_weights(records, {}, reweigh_languages=True), strict=True)
+        zip([(r.language, r.safety_label) for r in records], row_weights(records, reweigh_languages=True), strict=True)
     )
     # P(ja) P(ALLOW) / P(ja, ALLOW) = (60/100)(50/100) / (40/100)
     assert found["ja", Label.ALLOW] == pytest.approx(0.75)
@@ -78,7 +78,7 @@ def test_training_batches_carry_the_weights_and_other_batches_do_not(make_config
     )
     data = load_data(config)
     data.use_tokenizer(load_base(TINY, cut=2).tokenizer)
-    wanted = row_weights(data.train, {}, reweigh_languages=reweigh)
+    wanted = row_weights(data.train, reweigh_languages=reweigh)
     assert (len(set(wanted)) > 1) == reweigh
     for batch in data.sample(10**6, batch_size=16):
         assert batch.weights.tolist() == pytest.approx([wanted[i] for i in batch.rows])

@@ -29,7 +29,7 @@ class FileCheck:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows whose requests are the same or nearly so; rows count from 1 over a file's usable rows."""
+    """Two rows whose requests are the same or nearly so; each named as `FILE:LINE`."""
 
     first: str
     second: str
@@ -64,23 +64,23 @@ def check_files(paths: Sequence[Path]) -> DataCheck:
         DataError: a file is missing or has no usable row.
     """
     files, records, places = [], [], []
-    for path in paths:
+    for turn, path in enumerate(paths):
         rows, report = read_jsonl(path, on_bad_row="skip")
         files.append(_counted(str(path), rows, report.skipped))
         records += rows
-        places += [(str(path), row) for row in range(1, len(rows) + 1)]
+        places += [(turn, f"{path}:{line}") for line in report.lines]
     within: list[Pair] = []
     leaks: list[Pair] = []
     for i, j in near_duplicates([r.user_request for r in records]):
-        (first, row), (second, other) = places[i], places[j]
+        (one, first), (other, second) = places[i], places[j]
         pair = Pair(
-            f"{first}, row {row}",
-            f"{second}, row {other}",
+            first,
+            second,
             _text(records[i]) == _text(records[j]),
             records[i].safety_label == records[j].safety_label,
             records[i].user_request,
         )
-        (within if first == second else leaks).append(pair)
+        (within if one == other else leaks).append(pair)
     return DataCheck(files, within, leaks)
 
 

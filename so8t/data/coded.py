@@ -84,5 +84,7 @@ def coded(rows: Sequence[Record], share: float, *, seed: int) -> list[Record]:
         language = row.language or ""
         text = draw.choice(CODES[language])(row.user_request, draw)
         opening = draw.choice(["", draw.choice(OPENINGS[language])])
-        made.append(Record(opening + text, Label.ESCALATE, source=SOURCE, language=language, licence=row.licence))
+        made.append(
+            Record(opening + text, Label.ESCALATE, source=SOURCE, language=language, licence=row.licence, weight=row.weight)
+        )
     return made

@@ -7,10 +7,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import lightning as L
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from so8t.data.coded import coded
 from so8t.data.framing import framed
 from so8t.data.records import OnBadRow, Record, read_jsonl
-from so8t.data.sources import SourceSpec, load_sources
+from so8t.data.sources import SourceSpec, load_sources, report_skipped
 from so8t.data.splits import apart_from, split_by_group
 from so8t.data.tokenise import Template, pad_rows
 from so8t.data.weights import row_weights
@@ -43,7 +44,7 @@ class DataSpec:
 
     sources: dict[str, SourceSpec]
     holdout_sources: tuple[str, ...] = ()
-    train_labels: tuple[Literal["ALLOW", "ESCALATE", "REFUSE"], ...] = ("ALLOW", "ESCALATE", "REFUSE")
+    train_labels: Annotated[tuple[Literal["ALLOW", "ESCALATE", "REFUSE"], ...], MinLen(1)] = ("ALLOW", "ESCALATE", "REFUSE")
     framed: Fraction = 0.0
     coded: Fraction = 0.0
     reweigh_languages: bool = False
@@ -280,28 +281,40 @@ class SafetyData(L.LightningDataModule):
             seed=self.spec.split_seed,
         )
         self.train, self.val, self.test = ([seen[i] for i in part] for part in (split.train, split.val, split.test))
-        for part, path in given.items():
-            if path:
-                rows, _ = read_jsonl(path, on_bad_row=self.spec.on_bad_row)
-                setattr(self, part, rows)
-        # rows of a set that is called unseen (or of a file given as a test) must not have a near twin in training
-        for part in ("unseen", *(p for p, path in given.items() if path)):
-            setattr(self, part, self._without_overlap(part, getattr(self, part)))
+        # no row that is judged by has a near-duplicate or a twin among those that teach, or that choose what is kept
+        if given["val"]:
+            self.val = self._apart("val", self._read("val", given["val"]), self.train, same_groups=True)
+        if given["test"]:
+            rows = self._read("test", given["test"])
+            self.test = self._apart("test", rows, [*self.train, *self.val], same_groups=True)
+        self.unseen = self._apart("unseen", self.unseen, [*self.train, *self.val])
         self.train = [r for r in self.train if r.safety_label.name in self.spec.train_labels]
         codes = coded(self.train, self.spec.coded, seed=self.spec.split_seed) if "ESCALATE" in self.spec.train_labels else []
         self.train = framed(self.train, self.spec.framed, seed=self.spec.split_seed) + codes
         for part in ("train", "val", "test"):
             if not getattr(self, part):
-                raise DataError(f"the {part} split has no rows ({len(seen)} in all): give more rows or other fractions")
+                left_out = "".join(f", {n} left out: {why}" for why, n in self.skipped.items() if why.startswith(part))
+                raise DataError(
+                    f"the {part} split has no rows ({len(seen)} in all{left_out}): give more rows or other fractions"
+                )
         absent = [name for k, name in enumerate(LABELS) if all(r.safety_label != k for r in self.train)]
         if absent:
             log.warning("no training rows for %s: the head cannot learn it", ", ".join(absent))
 
-    def _without_overlap(self, part: str, rows: list[Record]) -> list[Record]:
-        kept = apart_from(self.train, rows)
+    def _read(self, part: str, path: str) -> list[Record]:
+        """A file of one's own that is a whole split."""
+        rows, report = read_jsonl(path, on_bad_row=self.spec.on_bad_row)
+        report_skipped(part, report)
+        if report.skipped:
+            self.skipped[f"{part} (bad rows)"] = len(report.skipped)
+        return rows
+
+    def _apart(self, part: str, rows: list[Record], others: list[Record], *, same_groups: bool = False) -> list[Record]:
+        kept = apart_from(others, rows, same_groups=same_groups)
         if leaking := len(rows) - len(kept):
-            log.warning("%s: %d rows are near-duplicates of training rows and are left out", part, leaking)
-            self.skipped[f"{part} (near-duplicates of training rows)"] = leaking
+            where = "training and validation rows" if part != "val" else "training rows"
+            log.warning("%s: %d rows are near-duplicates or twins of %s and are left out", part, leaking, where)
+            self.skipped[f"{part} (near-duplicates or twins of {where})"] = leaking
         return kept
 
     def describe(self) -> dict[str, dict[str, int]]:
@@ -337,8 +350,7 @@ class SafetyData(L.LightningDataModule):
 
     def _weights(self, records: list[Record]) -> list[float]:
         """How much each row counts."""
-        by_source = {name: source.weight for name, source in self.spec.sources.items()}
-        return row_weights(records, by_source, reweigh_languages=self.spec.reweigh_languages)
+        return row_weights(records, reweigh_languages=self.spec.reweigh_languages)
 
     def sample(self, rows: int, *, batch_size: int) -> list[Batch]:
         """About `rows` training rows, the same for every seed, or all of them if there are fewer."""

@@ -20,7 +20,8 @@ _FLAGS = ("sounds_dangerous",)
 class Record:
     """One request and what should be decided about it.
 
-    `group` ties rows that must not straddle a split (twins); `form` is question, command or statement.
+    `group` ties rows that must not straddle a split (twins); `form` is question, command or statement; `weight` is how much
+    the row counts in training, that of its source in the configuration, and is not read from files.
     """
 
     user_request: str
@@ -34,13 +35,15 @@ class Record:
     group: str | None = None
     form: str | None = None
     sounds_dangerous: bool = False
+    weight: float = 1.0
 
 
 @dataclass
 class ReadReport:
-    """What was left out of a file, and why."""
+    """What was left out of a file, and why; `lines` are those of the file that the records stand in."""
 
     rows: int = 0
+    lines: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -57,7 +60,7 @@ def parse_record(raw: object, *, default_source: str, require_label: bool = True
     if not isinstance(raw, dict):
         raise _BadRow(f"expected a JSON object, got {type(raw).__name__}")
     # beside a field of the same meaning an alias is some other column
-    row = {name: raw[alias] for alias, name in _ALIASES.items() if alias in raw} | raw
+    row = raw | {name: raw[alias] for alias, name in _ALIASES.items() if alias in raw and raw.get(name) is None}
     request = row.get("user_request")
     if request is None:
         raise _BadRow("user_request: missing (required; 'prompt' is read too)")
@@ -138,6 +141,7 @@ def read_jsonl(
         try:
             raw = json.loads(line.decode("utf-8"))
             records.append(parse_record(raw, default_source=source or path.stem, require_label=require_label))
+            report.lines.append(number)
         except (ValueError, RecursionError) as error:
             message = f"{path}:{number}: {_explain(error)}"
             if on_bad_row == "error":

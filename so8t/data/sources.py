@@ -19,7 +19,7 @@ from so8t.errors import DataError, FetchError
 from so8t.fetch import Wheel, read_member
 from so8t.hub import dataset_file
 from so8t.labels import Label
-from so8t.specs import NotNegative, PositiveInt, spec
+from so8t.specs import NotNegative, PositiveInt, set_beside, spec
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,19 @@ class SourceSpec:
     languages: dict[str, str] | None = None
     licence: str | None = None
 
+    def not_read(self) -> list[str]:
+        """Keys that are set and mean nothing for this kind."""
+        return set_beside(self, ("kind", "weight", "max_rows", "test_only", *_READ[self.kind]))
+
+
+_READ = {
+    "starter": (),
+    "file": ("path", "language", "licence"),
+    "wheel": ("wheel", "members", "format", "text", "rules", "language", "languages", "licence"),
+    "hub": ("hub", "path", "text", "rules", "language", "languages", "licence"),
+}
+"""What each kind reads beside what all do."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -117,12 +130,13 @@ def load_source(name: str, source: SourceSpec, *, on_bad_row: OnBadRow) -> Loade
         if not source.path:
             raise DataError(f"data.sources.{name}.path is not set: give the JSONL file, e.g. data=jsonl data.path=FILE")
         records, report = read_jsonl(source.path, on_bad_row=on_bad_row)
-        _report_skipped(name, report)
+        report_skipped(name, report)
         return Loaded([_fill(r, source) for r in records], len(report.skipped))
     return _load_wheel(name, source, on_bad_row)
 
 
-def _report_skipped(name: str, report: ReadReport) -> None:
+def report_skipped(name: str, report: ReadReport) -> None:
+    """Tells the first bad rows that were left out, and how many there are."""
     for line in report.skipped[:5]:
         log.warning("left out: %s", line)
     if report.skipped:
@@ -232,7 +246,7 @@ class _Labelled:
 
     def loaded(self) -> Loaded:
         """All of it."""
-        _report_skipped(self.name, self.report)
+        report_skipped(self.name, self.report)
         return Loaded(self.records, self.skipped + len(self.report.skipped))
 
 
@@ -244,17 +258,14 @@ def sample(records: list[Record], count: int, seed: int) -> list[Record]:
     return [records[i] for i in chosen]
 
 
-def load_sources(
-    sources: dict[str, SourceSpec], *, on_bad_row: OnBadRow, required: frozenset[str] = frozenset(), seed: int = 0
-) -> tuple[dict[str, Loaded], list[str]]:
-    """Reads every source whose weight is not 0; public ones that cannot be fetched are left out and said so. `seed` draws
-    `max_rows`.
+def load_sources(sources: dict[str, SourceSpec], *, on_bad_row: OnBadRow, seed: int = 0) -> tuple[dict[str, Loaded], list[str]]:
+    """Reads every source whose weight is not 0; its records carry it. Public ones that cannot be fetched are left out and said
+    so. `seed` draws `max_rows`.
 
     Returns:
         The sources by name, and a line for each that was left out.
 
     Raises:
-        FetchError: a source in `required` cannot be fetched.
         DataError: no source is left, or one is malformed.
     """
     loaded: dict[str, Loaded] = {}
@@ -265,13 +276,11 @@ def load_sources(
         try:
             whole = load_source(name, source, on_bad_row=on_bad_row)
         except FetchError as error:
-            if name in required:
-                raise
             missing.append(f"source {name} is left out: {error}")
             log.warning(missing[-1])
             continue
         some = whole.records if source.max_rows is None else sample(whole.records, source.max_rows, seed)
-        loaded[name] = Loaded(some, whole.skipped)
+        loaded[name] = Loaded([replace(record, weight=source.weight) for record in some], whole.skipped)
     if not loaded:
         raise DataError("; ".join(["data.sources: no source is left to train on", *missing]))
     return loaded, missing
