@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from so8t.config import composition_error
 from so8t.console import reported
+from so8t.errors import ConfigError
 from so8t.training import train
 
 
@@ -32,6 +33,10 @@ def run() -> None:
             main()
         except (HydraException, OmegaConfBaseException) as error:
             raise composition_error(error) from None
+        except ValueError as error:
+            if not str(error).startswith("Config group override must be"):  # Hydra's words for GROUP=null
+                raise
+            raise ConfigError("configuration: a group cannot be null: choose one of its options, such as gate=none") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -33,10 +35,10 @@ from transformers import (
 )
 
 from so8t.errors import BaseModelError, FetchError
-from so8t.fetch import Wheel, cache_dir, extract_member
+from so8t.fetch import Wheel, cache_dir, extract_member, offline
 from so8t.placement import placement, quantize_linears, quantized_linear, settle
 from so8t.so8 import block_count
-from so8t.specs import Count, NotNegative, PositiveInt, spec
+from so8t.specs import Count, NotNegative, PositiveInt, set_beside, spec
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,12 @@ class BaseSpec:
     hidden_size: PositiveInt = 64
     layers: PositiveInt = 4
     seed: Count = 0
+
+    def not_read(self) -> list[str]:
+        """Keys that are set and mean nothing for this source: a hub's identity, a random base's shape."""
+        other = {"hub": ("hidden_size", "layers", "seed"), "random": ("model_id", "revision", "trust_remote_code")}
+        unread = other.get(self.source, (*other["hub"], *other["random"]))
+        return set_beside(self, [field.name for field in fields(self) if field.name not in unread])
 
 
 def compute_dtype(spec: BaseSpec, device: torch.device) -> torch.dtype:
@@ -223,7 +231,7 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu", w
     dtype, on_gpu = compute_dtype(spec, device), device.type == "cuda"
     where = _location(spec)
     trust = {"trust_remote_code": True} if spec.trust_remote_code else {}
-    revision = {"revision": spec.revision} if spec.source == "hub" else {}
+    revision = {"revision": spec.revision, "local_files_only": offline()} if spec.source == "hub" else {}
     try:
         config = AutoConfig.from_pretrained(where, **revision, **trust)
         block_count(config.get_text_config().hidden_size)
@@ -238,11 +246,12 @@ def load_base(spec: BaseSpec, *, cut: int, device: torch.device | str = "cpu", w
             **revision,
             **trust,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise BaseModelError(
             f"base {spec.name}: cannot load {where!r}: {first} "
-            "(is the hub reachable, is the folder there? the embedded default is base=smollm2_135m)"
+            f"({'SO8T_OFFLINE is set' if offline() else 'is the hub reachable, is the folder there and whole'}? "
+            "the embedded default is base=smollm2_135m)"
         ) from error
     quantized = partial(quantized_linear, dtype=dtype, double=spec.double_quantization, device=device)
     if on_gpu and spec.quantization == "nf4":

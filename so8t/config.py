@@ -5,6 +5,7 @@ Every section is the spec of the room that reads it. Unknown keys, wrong types a
 
 import importlib
 import inspect
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from so8t.base import BaseSpec
 from so8t.data.datamodule import DataSpec
@@ -27,6 +28,8 @@ from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
 from so8t.rationale_training import RationaleSpec
 from so8t.specs import Count, Positive, spec
+
+OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)  # micro-batches of so many optimiser steps
 
 # targets that hand keywords they do not name on to another function
 _PASSES_ON = {"lightning.pytorch.loggers.WandbLogger": "wandb.init"}
@@ -135,7 +138,7 @@ def _explain(error: Any) -> str:  # noqa: ANN401  (pydantic's ErrorDetails)
 
 
 def _check_node(path: str, node: Node) -> None:
-    """The target can be imported and takes these keys."""
+    """The target can be imported and takes these keys and, where its signature says of which types, values."""
     target = node.get("_target_")
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"configuration: {path}._target_ must name a class, got {target!r}")
@@ -143,17 +146,47 @@ def _check_node(path: str, node: Node) -> None:
         cls = _imported(target)
     except (ImportError, AttributeError):
         raise ConfigError(f"configuration: {path}._target_: there is no {target}") from None
-    takes: set[str] = set()
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    try:
+        types = _signature(cls)
+    except ValueError:  # written in C, such as datetime.timedelta: making one is the only way to ask
+        try:
+            cls(**given)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"configuration: {path}: {target}: {error}") from None
+        return
     if target in _PASSES_ON:
-        takes |= set(inspect.signature(_imported(_PASSES_ON[target])).parameters)
-    for kind in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
-        parameters = inspect.signature(kind).parameters if kind is not object else {}
-        takes |= set(parameters)
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            break
-    unknown = sorted(k for k in node if not k.startswith("_") and k not in takes)
+        types = dict.fromkeys(inspect.signature(_imported(_PASSES_ON[target])).parameters, Any) | types
+    unknown = sorted(key for key in given if key not in types)
     if unknown:
         raise ConfigError(f"configuration: {', '.join(f'{path}.{k}' for k in unknown)}: unknown key of {target}")
+    for key, value in given.items():
+        if isinstance(value, dict) and "_target_" in value:
+            _check_node(f"{path}.{key}", value)
+            continue
+        try:
+            TypeAdapter(types.get(key, Any), config=_ANY_CLASS).validate_python(value)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+            raise ConfigError(f"configuration: {path}.{key}={value!r:.60}: {why}") from None
+
+
+_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
+
+
+def _signature(cls: Any) -> dict[str, Any]:  # noqa: ANN401  (a class or a function)
+    """What it takes and of which types; what a class hands on to its bases, too."""
+    types: dict[str, Any] = {}
+    for kind in inspect.getmro(cls) if inspect.isclass(cls) else (cls,):
+        parameters = inspect.signature(kind).parameters if kind is not object else {}
+        try:
+            hints = typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind, include_extras=True)
+        except (NameError, TypeError):  # annotations that exist for type checkers alone
+            hints = {}
+        types = {key: hints.get(key, Any) for key in parameters} | types
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            break
+    return types
 
 
 def _imported(dotted: str) -> Any:  # noqa: ANN401  (a class or a function)
@@ -167,6 +200,8 @@ def _check_together(config: Config) -> None:
     gate, loss, pet, data = config.gate, config.loss, config.pet, config.data
     if pet.exploration_end > pet.transition_end:
         problems.append(f"pet.exploration_end={pet.exploration_end} is after pet.transition_end={pet.transition_end}")
+    if config.trainer.get("accumulate_grad_batches", 1) < 1:
+        problems.append(f"trainer.accumulate_grad_batches={config.trainer['accumulate_grad_batches']} is less than 1")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction leave nothing to train on")
     if not loss.safety_weight and not loss.cost_weight and not loss.path_weight:
@@ -183,6 +218,8 @@ def _check_together(config: Config) -> None:
         problems.append("head.familiar measures standardised features: set head.standardise=true, or head.familiar=0")
     if config.head.words and not config.head.probe and config.init_from is None:
         problems.append("head.words are fitted where the head begins: set head.probe, or head.words=0")
+    if len(set(config.head.reads)) < len(config.head.reads):
+        problems.append(f"head.reads={list(config.head.reads)} names a layer twice")
     if not config.head.reads:
         problems.append("head.reads is empty: name 'last' or fractions of the base's depth, such as 0.6")
     n = len(LABELS)
@@ -190,14 +227,28 @@ def _check_together(config: Config) -> None:
         problems.append(f"loss.costs must be {n} rows of {n} numbers, in the order {', '.join(LABELS)}")
     if isinstance(loss.class_weights, tuple) and len(loss.class_weights) != n:
         problems.append(f"loss.class_weights must be {n} numbers, in the order {', '.join(LABELS)}")
+    if isinstance(loss.class_weights, tuple) and not any(loss.class_weights):
+        problems.append("loss.class_weights are all 0: no class teaches the head")
     if not data.sources:
         problems.append("data.sources is empty: nothing to train on")
+    if data.path is not None and all(source.path != data.path for source in data.sources.values()):
+        problems.append(f"data.path={data.path} is read by data=jsonl alone: add data=jsonl")
+    for name, source in data.sources.items():
+        if source.weight and source.kind == "file" and not source.path:
+            problems.append(f"data.sources.{name}.path is not set: name the JSONL file, such as data=jsonl data.path=FILE")
+        problems += [f"data.sources.{name}.{key} means nothing with kind={source.kind}" for key in source.not_read()]
     if config.hw is not None and config.hw.memory_budget_gib > config.hw.memory_gib:
         problems.append(
             f"hw.memory_budget_gib={config.hw.memory_budget_gib:g} is more than hw.memory_gib={config.hw.memory_gib:g}"
         )
     if config.base.source == "hub" and not config.base.model_id:
         problems.append("base.model_id is empty")
+    problems += [f"base.{key} means nothing with base.source={config.base.source}" for key in config.base.not_read()]
+    part, _, figure = config.objective.partition("/")
+    if part not in ("train", "val", "test", "unseen") or not figure:
+        problems.append(f"objective={config.objective} is no metric: val/macro_f1, or test/... or unseen/... of an evaluation")
+    elif part in ("test", "unseen") and not config.evaluate:
+        problems.append(f"objective={config.objective} needs evaluate=true")
     if config.base.source == "random" and config.base.hidden_size % 8:
         problems.append(f"base.hidden_size={config.base.hidden_size} is not a multiple of 8")
     if problems:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from so8t.base import SplitBase
-from so8t.errors import ConfigError
+from so8t.errors import BaseModelError, ConfigError
 from so8t.so8 import COORDS, DIM, MAPS, block_count, commutator_norm, determinant_drift, orthogonality_defect, rotate
 from so8t.specs import Positive, PositiveInt, spec
 from so8t.triality import D_SIGMA_MINUS, D_SIGMA_PLUS, carry, trilinear_form
@@ -169,6 +169,10 @@ class InteriorGate(nn.Module):
         return y if self.cmd is None else self.cmd(y)
 
 
+def _projection(base: SplitBase, layer: int, site: str) -> nn.Module | None:
+    return getattr(getattr(base.decoder.layers[layer], _PARENT[site], None), site, None)
+
+
 class GateSet(nn.Module):
     """All gates of one agent, by name (`interior.26_o_proj`, `last`), and the hooks that put them into a base.
 
@@ -178,6 +182,7 @@ class GateSet(nn.Module):
 
     Raises:
         ConfigError: no known site is named, more layers are asked for than the base has, or there is no last gate to be read.
+        BaseModelError: a layer of the base has no such site.
     """
 
     def __init__(self, spec: GateSpec, base: SplitBase, *, command_is_read: bool = False):
@@ -192,6 +197,11 @@ class GateSet(nn.Module):
         if spec.interior != "none":
             for layer in range(base.depth - spec.top_layers, base.depth):
                 for site in spec.sites:
+                    if _projection(base, layer, site) is None:
+                        raise BaseModelError(
+                            f"{base.spec.name}: layer {layer} has no {_PARENT[site]}.{site} to put a gate behind (a mixture of "
+                            "experts has none): choose gate.sites=[o_proj], or gate.interior=none"
+                        )
                     self.interior[f"{layer}_{site}"] = InteriorGate(base.hidden_size, spec)
         kind = TrialityGate if spec.triality else NonCommutativeGate
         self.last = kind(base.hidden_size, spec) if spec.last else None
@@ -204,7 +214,8 @@ class GateSet(nn.Module):
             raise ConfigError("these gates are attached already: detach them first")
         for name, gate in self.interior.items():
             layer, site = name.split("_", 1)
-            module = getattr(getattr(base.decoder.layers[int(layer)], _PARENT[site]), site)
+            module = _projection(base, int(layer), site)
+            assert module is not None
             self._handles.append(module.register_forward_hook(lambda _m, _i, out, gate=gate: gate(out)))
         self.attached = True
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from safetensors.torch import load
 from so8t.calibration import Policy, load_policy
 from so8t.curves import Floats, Integers
 from so8t.errors import ArtefactError
+from so8t.files import write_json
 from so8t.gates import matrix_angle
 from so8t.intervals import Interval
 from so8t.labels import LABELS, Label
@@ -25,7 +26,7 @@ from so8t.so8 import MAPS
 from so8t.triality import D_SIGMA_MINUS, D_SIGMA_PLUS, carry
 
 CONFIG, METRICS, TENSORS, ADAPTER = "config.yaml", "csv/metrics.csv", "adapter/adapter.safetensors", "adapter/adapter.json"
-ROBUSTNESS = "robustness.json"
+ROBUSTNESS, DATA = "robustness.json", "data.json"
 SETS = {"test": "mixed test split", "unseen": "unseen sources"}
 """The two sets that a run is evaluated on, by the names of their files."""
 
@@ -81,11 +82,27 @@ class PredictedRows:
 
 
 @dataclass(frozen=True)
+class DataRows:
+    """What a run's rows were: how many by part (train, val, test, unseen) and `source/LABEL`, how many were left out of what,
+    and which sources could not be had, a line each."""
+
+    rows: dict[str, dict[str, int]]
+    skipped: dict[str, int]
+    missing: list[str]
+
+
+def write_data(folder: Path, data: DataRows) -> None:
+    """Writes `data.json` into a run's folder, atomically."""
+    write_json(folder / DATA, asdict(data))
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """All that a report can tell of."""
 
     folder: Path
     config: dict[str, object] | None
+    data: DataRows | None
     series: Series | None
     scores: dict[str, Scores | None]
     predictions: dict[str, PredictedRows | None]
@@ -117,6 +134,7 @@ def read_run(folder: Path) -> RunFolder:
     return RunFolder(
         folder=folder,
         config=_config(folder / CONFIG),
+        data=_data(folder / DATA),
         series=_series(folder / METRICS),
         scores={part: _scores(folder / f"{part}.json") for part in SETS},
         predictions={part: _predictions(folder / f"{part}_predictions.jsonl") for part in SETS},
@@ -140,6 +158,16 @@ def _config(path: Path) -> dict[str, object] | None:
     try:
         return TypeAdapter(dict[str, object]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, yaml.YAMLError) as error:
+        raise _damaged(path, error) from None
+
+
+def _data(path: Path) -> DataRows | None:
+    """The rows; `None` of runs of earlier versions."""
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(DataRows).validate_json(path.read_bytes())
+    except ValidationError as error:
         raise _damaged(path, error) from None
 
 
@@ -224,4 +252,7 @@ def _by_depth(name: str) -> tuple[int, str]:
     return (int(layer[1]) if layer else torch.iinfo(torch.int32).max, name)
 
 
-__all__ = ["ADAPTER", "CONFIG", "METRICS", "ROBUSTNESS", "SETS", "TENSORS", "PredictedRows", "RunFolder", "Scores", "read_run"]
+__all__ = [
+    "ADAPTER", "CONFIG", "DATA", "METRICS", "ROBUSTNESS", "SETS", "TENSORS", "DataRows", "PredictedRows", "RunFolder", "Scores",
+    "read_run", "write_data",
+]  # fmt: skip

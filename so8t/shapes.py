@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from so8t.base import SMOLLM2_WHEEL, BaseSpec, tiny_config
 from so8t.errors import BaseModelError
+from so8t.fetch import offline
 
 _SMOLLM2_135M = {
     "hidden_size": 576,
@@ -73,7 +74,7 @@ def base_config(spec: BaseSpec) -> PreTrainedConfig:
         return kind(**sizes)
     try:
         trust = {"trust_remote_code": True} if spec.trust_remote_code else {}
-        return AutoConfig.from_pretrained(name, revision=spec.revision, **trust)
+        return AutoConfig.from_pretrained(name, revision=spec.revision, local_files_only=offline(), **trust)
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"base {spec.name}: no config.json for {name!r}: {str(error).strip().splitlines()[0]} "

@@ -1,18 +1,22 @@
 """The story of one run: data, base, model, callbacks, loggers, fit, evaluate, save. Called by `train.py`."""
 
+import difflib
 import json
 import logging
 import math
 import os
 from base64 import b64decode
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -31,7 +35,7 @@ from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import SafetyData
 from so8t.data.records import Record
 from so8t.data.store import PrefixStore
-from so8t.errors import ArtefactError, HardwareError
+from so8t.errors import ArtefactError, ConfigError, HardwareError
 from so8t.evaluation import evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
 from so8t.files import write_json, write_text
 from so8t.fused import fused_rotations
@@ -45,7 +49,8 @@ from so8t.plots import plot_confusion, plot_group, plot_losses, read_metrics
 from so8t.rationale_training import learn
 from so8t.remedies import remedies
 from so8t.report import panels
-from so8t.run_folder import read_run
+from so8t.resume import check_continues, find_checkpoint
+from so8t.run_folder import DataRows, read_run, write_data
 from so8t.streaming import request_tokens
 
 log = logging.getLogger(__name__)
@@ -69,6 +74,7 @@ def train(composed: DictConfig) -> dict[str, float]:
         cap_memory(config, device_of(config))
         free, _ = torch.cuda.mem_get_info(device_of(config))
         console.print(check_memory(config, card_gib=free / GIB))
+    callbacks, loggers, trainer = made(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
@@ -77,6 +83,8 @@ def train(composed: DictConfig) -> dict[str, float]:
 
     run = Path(config.paths.output_dir)
     checkpoint = find_checkpoint(config.ckpt_path, run)
+    if checkpoint is not None:
+        check_continues(checkpoint, composed)
     module = build(config, data)
     print_model(module, console)
     kept = config.evaluate and config.cache.max_gib
@@ -84,13 +92,12 @@ def train(composed: DictConfig) -> dict[str, float]:
     prepare(module, config, data, resumed=checkpoint is not None, last_states=last_states)
 
     write_text(run / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
-    callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]
-    loggers: list[Logger] = [instantiate(node) for node in config.logger.values()]
-    trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    write_data(run, DataRows(data.describe(), data.skipped, data.missing))
     log_settings(loggers, composed, module)
 
     if checkpoint is None and (config.init_from is not None or config.head.probe):
         trainer.validate(module, data, verbose=False)  # what the guard compares with
+        check_objective(config.objective, trainer.callback_metrics)
     with fused_rotations() if config.compile else nullcontext():
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     restore_best(trainer, module)
@@ -114,6 +121,32 @@ def train(composed: DictConfig) -> dict[str, float]:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # or the next run of a sweep would go on writing into this one
     return metrics
+
+
+def made(config: Config) -> tuple[list[L.Callback], list[Logger], L.Trainer]:
+    """Callbacks, loggers and the trainer, before anything is loaded: what they refuse is a setting.
+
+    Raises:
+        ConfigError: they do.
+    """
+    try:
+        callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]
+        loggers: list[Logger] = [instantiate(node) for node in config.logger.values()]
+        return callbacks, loggers, instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    except (InstantiationException, MisconfigurationException, ValueError, TypeError) as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"configuration: {' '.join(str(cause).split())}") from None
+
+
+def check_objective(objective: str, validated: Mapping[str, object]) -> None:
+    """A sweep must not train for hours after a figure of the validation that does not exist.
+
+    Raises:
+        ConfigError: with the nearest ones.
+    """
+    if objective.startswith("val/") and validated and objective not in validated:
+        near = difflib.get_close_matches(objective, list(validated), n=3, cutoff=0.4) or sorted(validated)[:3]
+        raise ConfigError(f"objective={objective}: there is no such metric; near it are {', '.join(near)}")
 
 
 def check_hardware(config: Config) -> None:
@@ -252,33 +285,6 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def find_checkpoint(asked: str | None, run: Path) -> Path | None:
-    """`ckpt_path`: a file, a run's folder, or `last` for the newest checkpoint of this run or of the runs beside it.
-
-    Raises:
-        ArtefactError: there is none.
-    """
-    if asked is None:
-        return None
-    if asked == "last":
-        root = run
-        for parent in run.parents:
-            if parent.name in ("outputs", "multirun"):
-                root = parent
-                break
-        found = sorted(root.rglob("checkpoints/*.ckpt"), key=lambda p: (p.stat().st_mtime, p.name))
-        if not found:
-            raise ArtefactError(f"ckpt_path=last: no checkpoint under {root}: train first, or give the file")
-        log.info("continuing from %s", found[-1])
-        return found[-1]
-    path = Path(asked)
-    if path.is_dir():
-        return find_checkpoint("last", path)
-    if not path.is_file():
-        raise ArtefactError(f"ckpt_path={asked}: no such file")
-    return path
-
-
 def restore_best(trainer: L.Trainer, module: SO8TModule) -> None:
     """Loads gates and head of the best validation, where one was kept."""
     for callback in trainer.checkpoint_callbacks:
@@ -364,7 +370,7 @@ def log_settings(loggers: list[Logger], composed: DictConfig, module: SO8TModule
 def draw(run: Path, callbacks: list[L.Callback]) -> None:
     """Loss and group plots from the CSV log."""
     series = read_metrics(run / "csv" / "metrics.csv")
-    plot_losses(series, run / "plots" / "loss.png")
+    plot_losses(series, run / "plots" / "losses.png")
     monitor = next((c for c in callbacks if isinstance(c, GroupMonitor)), None)
     if monitor is not None and any(name.startswith("group/") for name in series):
         plot_group(
@@ -405,4 +411,4 @@ def print_model(module: SO8TModule, console: Console) -> None:
     )
 
 
-__all__ = ["build", "cap_memory", "check_hardware", "check_memory", "find_checkpoint", "load_data", "prepare", "train"]
+__all__ = ["build", "cap_memory", "check_hardware", "check_memory", "load_data", "prepare", "train"]

@@ -270,6 +270,12 @@ def test_under_its_budget_a_run_says_nothing(fit, caplog):
     assert "peak memory" not in caplog.text
 
 
+def test_the_last_reading_counts_as_the_others_do(fit, caplog):
+    with caplog.at_level(logging.WARNING, logger="so8t.callbacks.memory"):
+        fit(MemoryMonitor(budget_gib=0.01, every_n_steps=1000))
+    assert "over hw.memory_budget_gib=0.01" in caplog.text
+
+
 def test_the_profiles_budget_is_the_monitors(make_config):
     assert make_config("+hw=rtx3060", "base=tiny").callbacks.memory.budget_gib == 8
     assert make_config("base=tiny").callbacks.memory.budget_gib is None
@@ -299,6 +305,22 @@ def test_the_best_is_by_macro_f1_among_those_under_the_false_allow_ceiling(fit, 
     assert [p.name for p in (tmp_path / "kept").iterdir()] == [f"best-step={6 * (best + 1)}.ckpt"]
     state = torch.load(keep.best_model_path, weights_only=True)["state_dict"]
     assert all(torch.equal(t, spy.validations[best][2][name]) for name, t in state.items())
+
+
+def test_a_run_that_goes_on_in_another_folder_keeps_the_best_of_before_until_it_is_beaten(fit, tmp_path):
+    def keep(folder: str) -> BestUnderCeiling:
+        return BestUnderCeiling(false_allow_ceiling=0.2, dirpath=tmp_path / folder, filename="best-{step}", save_top_k=1)
+
+    first = keep("one")
+    fit(Scripted([scored(0.9, 0.1)]), first, enable_checkpointing=True)
+    for folder, f1, best in (("two", 0.5, "best-step=6"), ("three", 0.95, "best-step=12")):
+        later = keep(folder)
+        later.load_state_dict(first.state_dict())
+        fit(Scripted([scored(0.0, 0.9), scored(f1, 0.1)]), later, epochs=2, enable_checkpointing=True)
+        assert [p.name for p in (tmp_path / folder).iterdir()] == [f"{best}.ckpt"]
+        assert later.best_model_path == str(tmp_path / folder / f"{best}.ckpt")
+        assert float(later.best_model_score) == pytest.approx(max(f1, 0.9))
+    assert (tmp_path / "one" / "best-step=6.ckpt").is_file(), "the first run keeps its own"
 
 
 def test_what_a_guard_restored_is_never_kept_under_the_score_of_what_collapsed(fit, tmp_path):

@@ -219,8 +219,14 @@ def test_the_seed_recipe_is_what_the_issue_says_whatever_else_is_chosen(make_con
     assert (optim.gate_lr, optim.head_lr, optim.weight_decay, optim.gate_weight_decay) == (3e-5, 1.5e-5, 0.01, 0.01)
     assert (optim.clip, optim.warmup_steps, optim.final_lr_fraction) == (0.5, 10, 0.0)
     assert (trainer["max_epochs"], trainer["log_every_n_steps"]) == (2, 2)
-    assert (trainer["val_check_interval"], trainer["check_val_every_n_epoch"]) == (25, None)
+    steps = trainer["val_check_interval"] / trainer["accumulate_grad_batches"]
+    assert (steps, trainer["check_val_every_n_epoch"]) == (25, None)
     assert (by_step["every_n_train_steps"], by_step["save_top_k"]) == (25, 2)
+
+
+def test_the_seed_recipe_validates_every_25_optimiser_steps_whatever_a_step_accumulates(make_config):
+    config = validate(make_config("optim=seed", "+hw=rtx3060"))
+    assert config.trainer["val_check_interval"] == 25 * 32, "Lightning counts micro-batches"
 
 
 def test_debug_presets_win_over_recipes_and_the_command_line_over_both(make_config):
@@ -273,6 +279,27 @@ WRONG = {
     "head.min_confidence=2": r"head\.min_confidence=2",
     "seed=-1": r"seed=-1",
     "evaluate=perhaps": r"evaluate='perhaps'",
+    "optim.gate_lr=inf": r"optim\.gate_lr=inf",
+    "loss.safety_weight=inf": r"loss\.safety_weight=inf",
+    "loss.class_weights=[0,0,0]": r"loss\.class_weights are all 0",
+    "data.train_labels=[]": r"data\.train_labels",
+    "data.path=mine.jsonl": r"data\.path=mine\.jsonl is read by data=jsonl alone",
+    "data=jsonl": r"data\.sources\.file\.path is not set",
+    "+data.sources.starter.path=mine.jsonl": r"data\.sources\.starter\.path means nothing with kind=starter",
+    "+base.model_id=mine": r"base\.model_id means nothing with base\.source=random",
+    "head.reads=[last,last]": r"names a layer twice",
+    "trainer.max_epochs=abc": r"trainer\.max_epochs='abc'",
+    "trainer.accelerator=warp": r"warp",
+    "trainer.devices=0": r"devices",
+    "trainer.accumulate_grad_batches=0": r"accumulate",
+    "callbacks.guard.action=restor": r"callbacks\.guard\.action='restor': .*'restore' or 'stop'",
+    "callbacks.guard.tolerance=abc": r"callbacks\.guard\.tolerance='abc'",
+    "callbacks.group.every_n_steps=0": r"callbacks\.group\.every_n_steps=0: .*greater than or equal to 1",
+    "callbacks.memory.on_exceed=explode": r"callbacks\.memory\.on_exceed='explode'",
+    "callbacks.best.false_allow_ceiling=lots": r"callbacks\.best\.false_allow_ceiling='lots'",
+    "callbacks.by_minutes.train_time_interval.minutes=abc": r"callbacks\.by_minutes\.train_time_interval: datetime\.timedelta",
+    "+callbacks.by_minutes.train_time_interval.minuts=3": r"callbacks\.by_minutes\.train_time_interval: .*minuts",
+    "objective=macro_f1": r"objective=macro_f1 is no metric",
 }
 
 
@@ -303,6 +330,8 @@ def test_what_cannot_work_is_one_line_before_anything_is_loaded(make_config, mon
         (("head.reads=[3,last]",), r"head\.reads.*3.*less than or equal to 1"),
         (("data=starter", "~data.sources.starter"), r"data\.sources is empty"),
         (("head.reads=[]",), r"head\.reads is empty"),
+        (("objective=test/macro_f1", "evaluate=false"), r"objective=test/macro_f1 needs evaluate=true"),
+        (("base=smollm2_135m", "+base.layers=3"), r"base\.layers means nothing with base\.source=wheel"),
         (("+hw=rtx3060", "hw.memory_budget_gib=13"), r"hw\.memory_budget_gib=13 is more than hw\.memory_gib=12"),
     ],
 )

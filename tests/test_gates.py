@@ -226,3 +226,10 @@ def test_later_tokens_do_not_change_earlier_logits(tiny_base):
     whole = decide(model)
     part = decide(model, TOKENS[:, :5], MASK[:, :5])
     assert torch.allclose(whole[:, :5], part, atol=1e-5)
+
+
+def test_a_layer_without_the_projection_that_a_gate_wants_is_told(tiny_base):
+    del tiny_base.decoder.layers[-1].mlp.down_proj  # as in a mixture of experts
+    with pytest.raises(BaseModelError, match=r"layer 3 has no mlp\.down_proj.*choose gate\.sites=\[o_proj\]"):
+        GateSet(GateSpec(top_layers=2), tiny_base)
+    assert len(GateSet(GateSpec(top_layers=2, sites=("o_proj",)), tiny_base).interior) == 2

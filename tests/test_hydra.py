@@ -46,7 +46,7 @@ def test_a_run_leaves_its_config_metrics_adapter_and_plots(whole):
     assert {"val/macro_f1", "test/false_allow_rate", "test/tf-idf_macro_f1", "test/frozen_probe_macro_f1"} <= set(metrics)
     assert json.loads((run / "adapter" / "adapter.json").read_text())["labels"] == list(LABELS)
     assert (run / "adapter" / "adapter.safetensors").stat().st_size < 50_000
-    for name in ("loss", "group", "confusion_test"):
+    for name in ("losses", "group", "confusion_test"):
         assert (run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n"), name
     with (run / "csv" / "metrics.csv").open(newline="") as file:
         assert any(row["train/loss"] for row in csv.DictReader(file))
@@ -107,6 +107,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "wrong label": (["data=jsonl", "data.path={folder}/label.jsonl"], "label.jsonl:2: safety_label: 'DENY' is not one of"),
     "unknown key": (["gate.foo=1"], "gate.foo"),
     "added key": (["+gate.foo=1"], "gate.foo: unknown key"),
+    "no option": (["gate=null"], "a group cannot be null"),
     "unknown option": (["gate=nothing"], "gate/nothing"),
     "wrong type": (["optim.gate_lr=fast"], "optim.gate_lr='fast'"),
     "hidden size": (["base.hidden_size=60"], "base.hidden_size=60 is not a multiple of 8"),

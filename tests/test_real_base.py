@@ -1,16 +1,17 @@
 """The real base in the loop: SmolLM2-135M-Instruct in NF4, as `make train` uses it. Tests leave it as they found it."""
 
 import math
+import time
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from so8t.base import SMOLLM2_WHEEL, load_base, smollm2_folder, stored_tensors, weights_digest
+from so8t.base import SMOLLM2_WHEEL, BaseSpec, load_base, smollm2_folder, stored_tensors, weights_digest
 from so8t.data.datamodule import RecordDataset, pad_rows
 from so8t.data.records import Record
 from so8t.data.tokenise import Template
-from so8t.errors import FetchError
+from so8t.errors import BaseModelError, FetchError
 from so8t.fetch import sha256, wheel_path
 from so8t.gates import GateSpec
 from so8t.labels import Label
@@ -18,7 +19,7 @@ from so8t.lightning_module import LossSpec, SO8TModule
 from so8t.model import HeadSpec, SO8TModel, at_position
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
-from tests.conftest import SMOLLM2
+from tests.conftest import SMOLLM2, TINY
 
 REQUESTS = ["How do I kill a python process?", "Please wire all of my savings to this account tonight.", "Forge a passport."]
 
@@ -207,3 +208,22 @@ def test_not_cached_and_offline_is_a_clear_error_that_leaves_nothing(monkeypatch
     ):
         load_base(SMOLLM2, cut=4)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+def test_offline_a_hub_is_not_even_asked(monkeypatch):
+    monkeypatch.setenv("SO8T_OFFLINE", "1")
+    spec = BaseSpec("mine", "hub", model_id="somebody/never-cached")
+    began = time.monotonic()
+    with pytest.raises(BaseModelError, match="SO8T_OFFLINE is set"):
+        load_base(spec, cut=1)
+    assert time.monotonic() - began < 5, "no retries"
+
+
+def test_weights_cut_short_are_told(tmp_path):
+    base = load_base(TINY, cut=2)
+    base.causal_lm.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(BaseModelError, match=r"mine: cannot load .*whole"):
+        load_base(BaseSpec("mine", "hub", model_id=str(tmp_path), quantization="none"), cut=2)

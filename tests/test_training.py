@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +30,7 @@ from so8t.losses import LossTerms
 from so8t.model import HeadSpec, SO8TModel
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
+from so8t.resume import find_checkpoint
 from tests.conftest import QUICK, ROOT, TINY, composed, synthetic_rows, trained, write_rows
 from tests.spies import PowerCut, Spy, copied
 
@@ -361,14 +363,44 @@ def test_resuming_with_nothing_to_resume_or_other_gates_or_other_labels_is_told(
     with pytest.raises(ArtefactError, match="no such file"):
         tiny_run(*SHORT, f"ckpt_path={tmp_path}/none.ckpt")
     _, run = tiny_run(*SHORT, output_dir=tmp_path / "one")
-    with pytest.raises(ArtefactError, match="does not fit"):
+    with pytest.raises(ArtefactError, match=r"other settings \(gate\.interior\): set them as in"):
         tiny_run(*SHORT, f"ckpt_path={run}", "gate.interior=none", output_dir=tmp_path / "two")
+    with pytest.raises(ArtefactError, match=r"other settings \(data\.decision_prompt\)"):
+        tiny_run(*SHORT, f"ckpt_path={run}", "data.decision_prompt=Judge.", output_dir=tmp_path / "two")
     file = next((run / "checkpoints").glob("best*.ckpt"))
+    alone = tmp_path / "alone" / "best.ckpt"
+    alone.parent.mkdir()
+    shutil.copy(file, alone)  # without its run's configuration
+    with pytest.raises(ArtefactError, match="does not fit"):
+        tiny_run(*SHORT, f"ckpt_path={alone}", "gate.interior=none", output_dir=tmp_path / "two")
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    with pytest.raises(ArtefactError, match=r"notes\.txt: this is no checkpoint"):
+        tiny_run(*SHORT, f"ckpt_path={tmp_path}/notes.txt", output_dir=tmp_path / "two")
     checkpoint = torch.load(file, weights_only=True)
     swapped = tmp_path / "swapped.ckpt"
     torch.save({**checkpoint, "so8t_labels": ["ALLOW", "REFUSE", "ESCALATE"]}, swapped)
     with pytest.raises(ArtefactError, match="labels are"):
         tiny_run(*SHORT, f"ckpt_path={swapped}", output_dir=tmp_path / "three")
+
+
+def test_a_job_of_a_sweep_goes_on_from_the_job_of_its_number_and_from_no_neighbour(tmp_path):
+    def checkpoint(*parts: str) -> Path:
+        file = tmp_path.joinpath("multirun", *parts, "checkpoints", "step-step=1.ckpt")
+        file.parent.mkdir(parents=True)
+        file.touch()
+        return file
+
+    first = checkpoint("monday", "1")
+    checkpoint("tuesday", "0")
+    assert find_checkpoint("last", tmp_path / "multirun" / "tuesday" / "1") == first
+    with pytest.raises(ArtefactError, match="no checkpoint under"):
+        find_checkpoint("last", tmp_path / "multirun" / "tuesday" / "2")
+
+
+def test_an_objective_that_no_validation_measures_is_told_before_training(tiny_run):
+    with pytest.raises(ConfigError, match=r"objective=val/macrof1: there is no such metric; near it are val/macro_f1"):
+        tiny_run(*SHORT, "objective=val/macrof1", "head.probe=0.05")
+    assert not Spy.last.rates, "no step was taken"
 
 
 def test_the_adapter_is_the_best_validation_and_not_the_last(tiny_run):

@@ -1,5 +1,7 @@
 """Checkpoints by step, by minutes, and the best by validation macro-F1 under a false-allow ceiling."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -7,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from so8t.callbacks.collapse import SafetyCollapseGuard
+from so8t.specs import Fraction
 
 SELECTION = "val/selection"
 
@@ -19,7 +22,7 @@ class BestUnderCeiling(ModelCheckpoint):
     earlier gates, the metrics are not theirs, and the score is -2, below all others.
     """
 
-    def __init__(self, false_allow_ceiling: float = 0.15, **checkpoint: Any):  # noqa: ANN401
+    def __init__(self, false_allow_ceiling: Fraction = 0.15, **checkpoint: Any):  # noqa: ANN401
         super().__init__(monitor=SELECTION, mode="max", **checkpoint)
         self.false_allow_ceiling = false_allow_ceiling
 
@@ -38,3 +41,17 @@ class BestUnderCeiling(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.log_metrics({SELECTION: score}, step=trainer.global_step)
         super().on_validation_end(trainer, pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A run that goes on in a folder of its own takes the best so far along; Lightning would forget it there."""
+        super().load_state_dict(state_dict)
+        best = Path(state_dict["best_model_path"] or ".")
+        if self.dirpath is None or Path(self.dirpath) == best.parent or not best.is_file():
+            return
+        kept = Path(self.dirpath) / best.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(best, kept)
+        score = state_dict["best_model_score"]
+        self.best_model_path = self.kth_best_model_path = str(kept)
+        self.best_model_score = self.kth_value = score
+        self.best_k_models = {str(kept): score}

@@ -7,6 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from so8t.specs import Count, Fraction, Positive
+
 log = logging.getLogger(__name__)
 
 
@@ -24,10 +26,10 @@ class SafetyCollapseGuard(L.Callback):
 
     def __init__(
         self,
-        tolerance: float = 0.2,
+        tolerance: Fraction = 0.2,
         action: Literal["restore", "stop"] = "restore",
-        lr_factor: float = 0.3,
-        max_restores: int = 3,
+        lr_factor: Positive = 0.3,
+        max_restores: Count = 3,
     ):
         self.tolerance = tolerance
         self.action = action

@@ -4,6 +4,7 @@ import lightning as L
 
 from so8t.errors import GroupError
 from so8t.lightning_module import SO8TModule
+from so8t.specs import Positive, PositiveInt
 
 
 class GroupMonitor(L.Callback):
@@ -18,7 +19,7 @@ class GroupMonitor(L.Callback):
         GroupError: a defect is past its bound, or (after the first step) a pair commutes.
     """
 
-    def __init__(self, every_n_steps: int = 10, tolerance: float = 1e-12, tolerance_float32: float = 5e-6):
+    def __init__(self, every_n_steps: PositiveInt = 10, tolerance: Positive = 1e-12, tolerance_float32: Positive = 5e-6):
         self.every_n_steps = every_n_steps
         self.tolerance = tolerance
         self.tolerance_float32 = tolerance_float32

@@ -7,6 +7,8 @@ from typing import Literal
 import lightning as L
 import torch
 
+from so8t.specs import Positive, PositiveInt
+
 log = logging.getLogger(__name__)
 
 
@@ -20,7 +22,9 @@ def peak_gib(device: torch.device) -> float:
 class MemoryMonitor(L.Callback):
     """Logs `memory/peak_gib`; past `budget_gib` it warns once, or stops the run with what was saved intact."""
 
-    def __init__(self, budget_gib: float | None = None, on_exceed: Literal["warn", "stop"] = "warn", every_n_steps: int = 10):
+    def __init__(
+        self, budget_gib: Positive | None = None, on_exceed: Literal["warn", "stop"] = "warn", every_n_steps: PositiveInt = 10
+    ):
         self.budget_gib = budget_gib
         self.on_exceed = on_exceed
         self.every_n_steps = every_n_steps
@@ -34,8 +38,14 @@ class MemoryMonitor(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         """Reads the peak every few steps."""
-        if trainer.global_step % self.every_n_steps:
-            return
+        if trainer.global_step % self.every_n_steps == 0:
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last reading, validation included."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.peak = peak_gib(pl_module.device)
         for logger in trainer.loggers:
             logger.log_metrics({"memory/peak_gib": self.peak}, step=trainer.global_step)
@@ -47,7 +57,3 @@ class MemoryMonitor(L.Callback):
                 trainer.should_stop = True
             else:
                 log.warning("%s: lower data.max_length, data.batch_size or gate.top_layers", what)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last reading."""
-        self.peak = peak_gib(pl_module.device)
