@@ -208,7 +208,8 @@ class SO8TModule(L.LightningModule):
         if weight:
             path = centred(output.logits) if pet.target == "logits" else output.safe_view
             terms.add_capped("pet", temporal_consistency(path, batch.path, pet.penalty), weight, pet.max_share)
-        if pet.inertia_weight:  # after PET: it knows R_cmd, and a cap that saw it would let the task text reach the safety side
+        # after PET: inertia knows R_cmd, and a cap that saw it would let the task text reach the safety side
+        if pet.inertia_weight and next(self.model.gates.rotations(), None) is not None:
             terms.add("inertia", self.inertia(self.model.gates), pet.inertia_weight)
         return terms
 

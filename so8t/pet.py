@@ -82,10 +82,8 @@ class GroupInertia(nn.Module):
         return self.get_buffer(name.replace(".", "__"))
 
     def forward(self, gates: GateSet) -> Tensor:
-        """Mean over all blocks of all gates: `-> []`."""
+        """Mean over all blocks of all gates, of which there is one at least: `-> []`."""
         parts = [(rotation.matrix().float() - self._average(name)).pow(2).sum((-2, -1)) for name, rotation in gates.rotations()]
-        if not parts:
-            return torch.zeros(())
         return torch.cat(parts).mean()
 
     @torch.no_grad()

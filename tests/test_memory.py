@@ -73,6 +73,11 @@ def test_it_is_so_for_other_losses_and_a_random_base(overrides):
 # -- facts about every plan --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("more", [(), CARD], ids=["cpu", "card"])
+def test_a_head_without_gates_is_planned_too(more):
+    assert planned(*(more or SMALL), "gate=none", "loss.task_weight=0").peak_gib > 0
+
+
 def test_the_parts_add_up_to_the_peak_and_the_peak_is_that_of_the_larger_phase():
     for result in (planned(*SMALL), planned(*CARD)):
         assert sum(result.parts.values()) == pytest.approx(result.peak_gib)

@@ -256,8 +256,3 @@ def test_the_averages_are_saved_and_loaded_and_are_no_parameters(gates):
     assert fresh(gates).item() != pytest.approx(inertia(gates).item(), abs=1e-3), "a fresh one starts at the rotations"
     fresh.load_state_dict(inertia.state_dict())
     assert torch.equal(fresh(gates), inertia(gates))
-
-
-def test_without_gates_inertia_is_zero(tiny_base):
-    none = GateSet(GateSpec(interior="none", last=False), tiny_base)
-    assert GroupInertia(none, 0.9)(none).item() == 0.0
