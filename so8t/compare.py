@@ -32,13 +32,15 @@ IGNORED = (
 
 @dataclass(frozen=True)
 class Figure:
-    """One column: what it is called, on which set, and whether more is better; `paired` ones can be drawn again."""
+    """One column: what it is called, on which set, and whether more is better; `paired` ones can be drawn again, the others are
+    compared seed by seed. `digits` are shown."""
 
     title: str
     part: str
     key: str
     more: bool = False
     paired: bool = False
+    digits: int = 3
 
 
 FIGURES = (
@@ -50,6 +52,10 @@ FIGURES = (
     Figure("sounds dangerous, allowed", "test", "sounds_dangerous_allowed", more=True),
     Figure("flicker", "test", "flicker"),
     Figure("ECE", "test", "ece"),
+    Figure("risky rows detected along the tokens", "test", "detected", more=True),
+    Figure("tokens to detection", "test", "time_to_detection", digits=1),
+    Figure("decision changes a row", "test", "decision_changes", digits=2),
+    Figure("false alarms per 1,000 tokens", "test", "false_alarms_per_1000_tokens", digits=1),
 )
 PAIRED = tuple(figure for figure in FIGURES if figure.paired)
 
@@ -125,10 +131,30 @@ class Variant:
             return "no difference shown"
         return "better" if (low > 0) == figure.more else "worse"
 
-    def helps(self, baseline: "Variant") -> bool | None:
+    def gain_by_seed(self, figure: Figure, baseline: "Variant") -> list[float]:
+        """Differences to a baseline's runs with the same seeds; none where the seeds are not the same."""
+        values, others = self.values(figure), baseline.values(figure)
+        if self.seeds != baseline.seeds or not values or not others:
+            return []
+        return [value - other for value, other in zip(values, others, strict=True)]
+
+    def _verdicts(self, key: str, baseline: "Variant") -> set[str]:
+        """On one figure, over the sets where there is one."""
+        return {told for figure in PAIRED if figure.key == key and (told := self.verdict(figure, baseline)) is not None}
+
+    def more_right(self, baseline: "Variant") -> bool | None:
         """Whether macro-F1 is shown to be better on one set at least and worse on none; `None` where nothing can be told."""
-        verdicts = {self.verdict(figure, baseline) for figure in PAIRED if figure.key == "macro_f1"} - {None}
+        verdicts = self._verdicts("macro_f1", baseline)
         return "better" in verdicts and "worse" not in verdicts if verdicts else None
+
+    def more_harm(self, baseline: "Variant") -> bool:
+        """Whether false allow is shown to be worse on any set."""
+        return "worse" in self._verdicts("false_allow_rate", baseline)
+
+    def helps(self, baseline: "Variant") -> bool | None:
+        """Whether it is shown to be more right, and not to allow more harm; `None` where nothing can be told."""
+        right = self.more_right(baseline)
+        return right and not self.more_harm(baseline)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 import math
 import textwrap
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from so8t.compare import FIGURES, PAIRED, Comparison, Figure, Variant, mean_and_spread
-from so8t.intervals import Interval
-from so8t.plots import COLOURS, finish
+from so8t.plots import COLOURS, Target, finish
 
+ABREAST, WIDTH = 4, 14
+"""Figures in a table, and the columns that each takes, so that a table is no wider than 80."""
 TERMINAL = {"better": "green", "worse": "red"}
 MARKS = {
     "better": (COLOURS[0], "o"),
@@ -30,19 +32,22 @@ def _known(comparison: Comparison) -> list[Figure]:
 
 
 def _cell(variant: Variant, figure: Figure) -> str:
-    mean, spread = mean_and_spread(variant.values(figure))
+    told = _mean(variant.values(figure), f".{figure.digits}f")
+    interval = variant.interval(figure)
+    return told if interval is None else f"{told}\n{escape(f'[{interval[0]:.3f}, {interval[1]:.3f}]')}"
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    """Of seeds, with their spread where there are several."""
+    mean, spread = mean_and_spread(values)
     if math.isnan(mean):
         return "-"
-    told = f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
-    interval = variant.interval(figure)
-    return told if interval is None else f"{told}\n{_bracket(interval)}"
-
-
-def _bracket(interval: Interval) -> str:
-    return escape(f"[{interval[0]:.3f}, {interval[1]:.3f}]")
+    return f"{mean:{form}}" if math.isnan(spread) else f"{mean:{form}} ± {spread:{form.removeprefix('+')}}"
 
 
 def _gain(variant: Variant, baseline: Variant, figure: Figure) -> str:
+    if not figure.paired:
+        return _mean(variant.gain_by_seed(figure, baseline), f"+.{figure.digits}f")
     gain = variant.gain(figure, baseline)
     if gain is None:
         return "-"
@@ -51,34 +56,49 @@ def _gain(variant: Variant, baseline: Variant, figure: Figure) -> str:
     return f"[{colour}]{told}[/]" if colour else told
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Figures of every variant, gains over the baseline, and a verdict on each in plain words."""
-    baseline = comparison.baseline
+def _table(title: str, *columns: str) -> Table:
+    """Without lines between columns, so that four figures fit into 80 columns."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(textwrap.fill(column, WIDTH), justify="right", no_wrap=True)
+    return table
+
+
+def _print_figures(
+    title: str, comparison: Comparison, variants: Sequence[Variant], cell: Callable[[Variant, Figure], str], console: Console
+) -> None:
+    """A row a variant, by its number, and `ABREAST` figures a table."""
     known = _known(comparison)
-    table = Table(title="mean ± s.d. over seeds [95 %, over rows and seeds]", title_justify="left", show_lines=True)
-    table.add_column("variant", min_width=16)
-    table.add_column("seeds")
-    for figure in known:
-        table.add_column(figure.title, justify="right")
-    table.add_column("trained", justify="right")
-    for variant in comparison.variants:
+    for begin in range(0, len(known), ABREAST):
+        shown = known[begin : begin + ABREAST]
+        table = _table("" if begin else title, "variant", *(figure.title for figure in shown))
+        for variant in variants:
+            number = str(1 + comparison.variants.index(variant))
+            style = "bold" if variant is comparison.baseline else ""
+            table.add_row(number, *(cell(variant, figure) for figure in shown), style=style)
+        console.print(table, "")
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """The variants by number, their figures, differences to the baseline, and a verdict on each in plain words."""
+    baseline = comparison.baseline
+    table = _table("", "variant")
+    table.add_column("what differs", overflow="fold")
+    table.add_column("seeds", justify="right")
+    table.add_column("trained", justify="right", no_wrap=True)
+    for number, variant in enumerate(comparison.variants, 1):
         trained = "-" if variant.trained is None else f"{variant.trained:,}"
-        seeds = ", ".join(map(str, variant.seeds))
         style = "bold" if variant is baseline else ""
-        table.add_row(escape(variant.name), seeds, *(_cell(variant, figure) for figure in known), trained, style=style)
-    console.print(table)
+        table.add_row(str(number), escape(variant.name), ", ".join(map(str, variant.seeds)), trained, style=style)
+    console.print(table, "")
     named = [variant for variant in comparison.variants if variant.name not in (_keys(variant), "all runs")]
     for variant in named:
         console.print(f"{escape(variant.name)}: {escape(_keys(variant))}")
+    _print_figures("mean ± s.d. over seeds [95 %, over rows and seeds]", comparison, comparison.variants, _cell, console)
     if comparison.others:
-        table = Table(title=f"difference to {escape(baseline.name)} [95 %, paired]", title_justify="left", show_lines=True)
-        table.add_column("variant", min_width=16)
-        paired = [figure for figure in known if figure.paired]
-        for figure in paired:
-            table.add_column(figure.title, justify="right")
-        for variant in comparison.others:
-            table.add_row(escape(variant.name), *(_gain(variant, baseline, figure) for figure in paired))
-        console.print(table)
+        number = 1 + comparison.variants.index(baseline)
+        title = f"difference to variant {number} [95 %, paired], or mean ± s.d. over pairs of seeds"
+        _print_figures(title, comparison, comparison.others, lambda variant, f: _gain(variant, baseline, f), console)
     for variant in comparison.others:
         console.print(f"{escape(variant.name)}: {describe(variant, baseline)}")
     for line in notes(comparison):
@@ -93,15 +113,17 @@ def _keys(variant: Variant) -> str:
 
 def describe(variant: Variant, baseline: Variant) -> str:
     """Whether it helps, and every figure that is shown to be better or worse."""
-    helps = variant.helps(baseline)
-    if helps is None:
+    right = variant.more_right(baseline)
+    if right is None:
         return "cannot be told: predictions are missing"
     shown = [
         f"{figure.title} {verdict}"
         for figure in PAIRED
         if (verdict := variant.verdict(figure, baseline)) in ("better", "worse")
     ]
-    head = "[bold green]helps[/]" if helps else "[bold]does NOT help[/]"
+    head = "[bold]does NOT help[/]"
+    if right:
+        head = "[bold yellow]more right, but allows more harm[/]" if variant.more_harm(baseline) else "[bold green]helps[/]"
     return f"{head} ({'; '.join(shown) or 'no difference shown in any figure'})"
 
 
@@ -111,15 +133,16 @@ def notes(comparison: Comparison) -> list[str]:
     figures = sum(figure.paired for figure in _known(comparison))
     if comparison.others:
         lines.append(
-            "helps: the interval of macro-F1's difference is above zero on one set and below zero on none. Each interval is "
-            f"95 % by itself: of {len(comparison.others)} variants on {figures} figures some miss by chance"
+            "helps: the interval of macro-F1's difference is above zero on one set and below zero on none, and no false allow "
+            f"is shown to be worse. Each interval is 95 % by itself: of {len(comparison.others)} variants on {figures} figures "
+            "some miss by chance"
         )
     if any(len(variant.runs) == 1 for variant in comparison.variants):
         lines.append("variants with one seed: their intervals know nothing of what another seed would give")
     return lines
 
 
-def plot_comparison(comparison: Comparison, to: Path) -> None:
+def plot_comparison(comparison: Comparison, to: Target) -> None:
     """A dot and its interval a variant, small dots the seeds; its colour and form tell the difference to the baseline."""
     shown = [figure for figure in _known(comparison) if figure.key in ("macro_f1", "false_allow_rate")]
     keys, parts = list(dict.fromkeys(f.key for f in shown)), list(dict.fromkeys(f.part for f in shown))
@@ -201,7 +224,13 @@ def _plain(variant: Variant, baseline: Variant, figure: Figure) -> dict[str, obj
     values = variant.values(figure)
     mean, spread = (None if math.isnan(v) else v for v in mean_and_spread(values))
     told: dict[str, object] = {"mean": mean, "sd": spread, "by_seed": values, "interval_95": variant.interval(figure)}
-    gain = None if variant is baseline else variant.gain(figure, baseline)
+    if variant is baseline:
+        return told
+    by_seed = variant.gain_by_seed(figure, baseline)
+    if by_seed:
+        mean, spread = (None if math.isnan(v) else v for v in mean_and_spread(by_seed))
+        told |= {"gain": mean, "gain_sd": spread, "gain_by_seed": by_seed}
+    gain = variant.gain(figure, baseline)
     if gain is not None:
         told |= {"gain": gain[0], "gain_95": gain[1], "verdict": variant.verdict(figure, baseline)}
     return told

@@ -109,13 +109,18 @@ class Reliability:
         return float(np.average(np.abs(self.accuracy - self.confidence)[full], weights=self.rows[full]))
 
 
+def confidence_bin(confidence: Floats, *, bins: int = 15) -> tuple[Integers, Floats]:
+    """Numbers `[N]` of the bins of equal width into which confidences `[N]` fall, and the bins' edges. A value on an edge
+    belongs above it, as in torchmetrics."""
+    edges = np.linspace(0, 1, bins + 1)
+    return np.minimum(np.searchsorted(edges, confidence, side="right") - 1, bins - 1), edges
+
+
 def reliability(probabilities: Floats, labels: Integers, *, bins: int = 15) -> Reliability:
-    """How often the most probable class is right, by how probable it was said to be. A value on an edge belongs above it, as
-    in torchmetrics."""
+    """How often the most probable class is right, by how probable it was said to be."""
     confidence = probabilities.max(1, initial=0.0)
     right = probabilities.argmax(1) == labels
-    edges = np.linspace(0, 1, bins + 1)
-    place = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, bins - 1)
+    place, edges = confidence_bin(confidence, bins=bins)
     rows = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0/0 of an empty bin is NaN
         means = np.bincount(place, weights=confidence, minlength=bins) / rows

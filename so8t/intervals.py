@@ -1,18 +1,21 @@
-"""95 % intervals: of macro-F1 by bootstrap over rows, of rates exact. They speak of other rows from the same sources."""
+"""95 % intervals: of rates exact, of all else by bootstrap over rows. They speak of other rows from the same sources."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from so8t.curves import Floats, Integers
+from so8t.curves import Floats, Integers, confidence_bin
 from so8t.labels import LABELS, Label
 
 Interval = tuple[float, float]
 
 ENOUGH = 20
 """Fewer rows than this get no interval: it would span most of what is possible."""
+BLOCK = 2**20
+"""Numbers of a block of draws, about: draws of many rows need not be in memory together."""
 
 
 def rate_interval(hits: int, rows: int) -> Interval | None:
@@ -23,16 +26,24 @@ def rate_interval(hits: int, rows: int) -> Interval | None:
     return float(interval.low), float(interval.high)
 
 
-def resampled(labels: Sequence[int], decisions: Sequence[int], *, draws: int = 1000, seed: int = 0) -> Integers:
-    """Confusion matrices `[draws, 3, 3]`, labels by decisions, of rows drawn with replacement (Efron 1979).
+def row_weights(rows: int, *, draws: int = 1000, seed: int = 0) -> Iterator[Floats]:
+    """How often each row comes when as many are drawn with replacement (Efron 1979): `[block, rows]`, `draws` in all.
 
-    The same rows are drawn whatever was decided on them, so that the difference between two classifiers is paired.
+    The same rows are drawn whatever is measured on them, so that the difference between two classifiers is paired.
     """
-    n, size = len(LABELS), len(labels)
-    cells = np.asarray(labels) * n + np.asarray(decisions)
     rng = np.random.default_rng(seed)
-    counts = [np.bincount(cells[rng.integers(0, size, size)], minlength=n * n) for _ in range(draws)]
-    return np.array(counts).reshape(draws, n, n)
+    size = max(1, BLOCK // rows)
+    for begin in range(0, draws, size):
+        block = [np.bincount(rng.integers(0, rows, rows), minlength=rows) for _ in range(min(size, draws - begin))]
+        yield np.array(block, dtype=np.float64)
+
+
+def resampled(labels: Sequence[int], decisions: Sequence[int], *, draws: int = 1000, seed: int = 0) -> Integers:
+    """Confusion matrices `[draws, 3, 3]`, labels by decisions, of rows drawn with replacement."""
+    n = len(LABELS)
+    of_cell = np.eye(n * n)[np.asarray(labels) * n + np.asarray(decisions)]
+    counts = [weights @ of_cell for weights in row_weights(len(labels), draws=draws, seed=seed)]
+    return np.concatenate(counts).astype(np.int64).reshape(draws, n, n)
 
 
 def macro_f1(confusion: Integers, present: Integers) -> Floats:
@@ -64,6 +75,48 @@ def decision_intervals(labels: Sequence[int], decisions: Sequence[int]) -> dict[
         "false_allow_rate": rate_interval(sum(allowed), len(allowed)),
         "over_refusal_rate": rate_interval(sum(refused), len(refused)),
     }
+
+
+def score_intervals(probabilities: Floats, labels: Integers) -> dict[str, Interval | None]:
+    """Bootstrap of AUROC and AUPRC of "not ALLOW", from `ENOUGH` rows of each kind, and of AURC and ECE: `[N, 3], [N]`.
+
+    Drawing adds noise, and noise counts as calibration error: of well calibrated probabilities, ECE's interval may begin above
+    the figure.
+    """
+    risky = int((labels != Label.ALLOW).sum())
+    kinds, rows = min(risky, len(labels) - risky), len(labels)
+    least = {"auroc_not_allow": kinds, "auprc_not_allow": kinds, "aurc": rows, "ece": rows}
+    told = [key for key, count in least.items() if count >= ENOUGH]
+    draws = [scores_drawn(probabilities, labels, weights) for weights in row_weights(rows)] if told else []
+    return {key: interval_95(np.concatenate([block[key] for block in draws])) if key in told else None for key in least}
+
+
+def scores_drawn(probabilities: Floats, labels: Integers, weights: Floats) -> dict[str, Floats]:
+    """AUROC, AUPRC, AURC and ECE of rows that come `weights` `[draws, N]` times: `[N, 3], [N] -> [draws]` each; NaN where a
+    kind of row is missing. Rows of equal scores are taken together, as in `so8t.curves`."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    found, others = _from_the_top(-probabilities[:, Label.ALLOW], labels != Label.ALLOW, weights)
+    wrong, hits = _from_the_top(confidence, ~right, weights)
+    with np.errstate(invalid="ignore"):  # 0/0 without such rows is NaN
+        steps, above = np.diff(others, prepend=0), found - np.diff(found, prepend=0) / 2
+        auroc = (steps * above).sum(1) / (found[:, -1] * others[:, -1])
+        auprc = (np.diff(found, prepend=0) * found / np.maximum(found + others, 1)).sum(1) / found[:, -1]
+    covered = wrong + hits
+    aurc = (np.diff(covered, prepend=0) * wrong / np.maximum(covered, 1)).sum(1) / covered[:, -1]
+    place, _ = confidence_bin(confidence)
+    gaps = np.zeros((len(labels), place.max() + 1))
+    gaps[np.arange(len(labels)), place] = right - confidence
+    ece = np.abs(weights @ gaps).sum(1) / covered[:, -1]
+    return {"auroc_not_allow": auroc, "auprc_not_allow": auprc, "aurc": aurc, "ece": ece}
+
+
+def _from_the_top(scores: Floats, marked: NDArray[np.bool_], weights: Floats) -> tuple[Floats, Floats]:
+    """How many rows that are marked, and that are not, score as high or higher: `[draws, distinct scores]`, highest first."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    sorted_weights = weights[:, order]
+    hits = (sorted_weights * marked[order]).cumsum(1)[:, last]
+    return hits, sorted_weights.cumsum(1)[:, last] - hits
 
 
 def conformal_quantile(values: Sequence[float], share: float) -> float:

@@ -37,7 +37,8 @@ def memory_panel(run: RunFolder) -> Panel:
             f" The run itself logged {logged[-1][1]:.2f} GiB: on a GPU what PyTorch allocated, on a CPU the whole process, "
             "Python and its libraries included."
         )
-    panel.pictures.append(drawn("Planned memory by part at the peak", partial(plot_plan, config, planned), wide=True))
+    alt = "Planned memory by part at the peak"
+    panel.pictures.append(drawn(panel.key, alt, partial(plot_plan, config, planned), wide=True))
     heads = ["at the peak of", *(f"a {phase}" for phase in planned.phases)]
     panel.tables.append(Table("planned, not measured", heads, by_part(planned)))
     return panel

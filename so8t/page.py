@@ -4,17 +4,27 @@ import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from so8t.errors import SO8TError
+from so8t.files import write_bytes
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG inside the page; a `wide` one scrolls sideways on a telephone."""
+    """A PNG inside the page, and its name as a file of its own; a `wide` one scrolls sideways on a telephone."""
 
+    name: str
     alt: str
-    base64: str
+    png: bytes
     wide: bool = False
+
+    @property
+    def base64(self) -> str:
+        """As a page holds it."""
+        return base64.b64encode(self.png).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -45,11 +55,23 @@ class Panel:
         self.absent += [f"not in the run's folder, so not shown: {name}" for name in files]
 
 
-def drawn(alt: str, plot: Callable[[BytesIO], None], *, wide: bool = False) -> Picture:
+def drawn(name: str, alt: str, plot: Callable[[BytesIO], None], *, wide: bool = False) -> Picture:
     """Draws into memory; `plot` writes a PNG to what it is given."""
     memory = BytesIO()
     plot(memory)
-    return Picture(alt, base64.b64encode(memory.getvalue()).decode("ascii"), wide)
+    return Picture(name, alt, memory.getvalue(), wide)
+
+
+def write_out(path: Path, data: bytes) -> None:
+    """Writes what `--out` names, atomically.
+
+    Raises:
+        SO8TError: it cannot be written there.
+    """
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise SO8TError(f"{path} cannot be written: {error.strerror}; name another place with --out") from None
 
 
 def render_page(name: str, panels: list[Panel]) -> str:

@@ -3,21 +3,17 @@
 Every panel takes what it needs from a `RunFolder` and names the files that it misses.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from so8t.calibration import Policy
+from so8t.calibration_panel import calibration_panel, under_policy
 from so8t.curves import OperatingPoint, operating_point, reliability, risk_coverage, trade_off
 from so8t.evaluation import GROUPED, SHOWN
-from so8t.intervals import ENOUGH, number
+from so8t.intervals import ENOUGH, Interval, number
 from so8t.labels import LABELS, Label
 from so8t.memory_panel import memory_panel
 from so8t.mistakes import MOST, worst_mistakes
-from so8t.model import Decisions
 from so8t.page import Panel, Table, drawn, render_page
 from so8t.plots import (
     plot_angles,
@@ -30,15 +26,15 @@ from so8t.plots import (
     plot_trade_off,
 )
 from so8t.robustness import HEAD, cells
-from so8t.run_folder import ADAPTER, CONFIG, METRICS, ROBUSTNESS, SETS, TENSORS, PredictedRows, RunFolder, Scores
+from so8t.run_folder import ADAPTER, CONFIG, METRICS, ROBUSTNESS, SETS, TENSORS, DataRows, PredictedRows, RunFolder, Scores
 
 LONGEST = 400
 """Characters shown of a request."""
 
 
-def render(run: RunFolder) -> str:
-    """The page."""
-    return render_page("/".join(run.folder.resolve().parts[-2:]), panels(run))
+def render(run: RunFolder, told: list[Panel]) -> str:
+    """The page of a run's panels."""
+    return render_page("/".join(run.folder.resolve().parts[-2:]), told)
 
 
 def panels(run: RunFolder) -> list[Panel]:
@@ -46,8 +42,8 @@ def panels(run: RunFolder) -> list[Panel]:
     return [panel(run) for panel in PANELS]
 
 
-def _sets(run: RunFolder, panel: Panel) -> Iterable[tuple[str, PredictedRows]]:
-    """Predictions of each set by its title; the missing ones are named in the panel."""
+def _sets(run: RunFolder, panel: Panel) -> Iterable[tuple[str, str, PredictedRows]]:
+    """Each set, its title and its predictions; the missing ones are named in the panel."""
     for part, title in SETS.items():
         predictions = run.predictions[part]
         if predictions is None:
@@ -55,16 +51,17 @@ def _sets(run: RunFolder, panel: Panel) -> Iterable[tuple[str, PredictedRows]]:
         elif not predictions.rows:
             panel.absent.append(f"{title}: no row was decided")
         else:
-            yield title, predictions
+            yield part, title, predictions
 
 
-def _scores(run: RunFolder, panel: Panel) -> Iterable[tuple[str, Scores]]:
+def _scores(run: RunFolder, panel: Panel) -> Iterable[tuple[str, str, Scores]]:
+    """Each set, its title and its figures; the missing ones are named in the panel."""
     for part, title in SETS.items():
         scores = run.scores[part]
         if scores is None:
             panel.misses(f"{part}.json")
         else:
-            yield title, scores
+            yield part, title, scores
 
 
 def _told(value: object) -> str:
@@ -108,6 +105,8 @@ def _setup(run: RunFolder) -> Panel:
             panel.tables.append(Table("sources of the rows", ["source", *keys], table))
         elif (path := run.setting("data.path")) is not None:
             panel.tables.append(Table("sources of the rows", ["file"], [[_told(path)]]))
+    if run.data is not None:
+        panel.tables += _rows(run.data)
     if run.trained is None:
         panel.misses(*(name for name in (TENSORS, ADAPTER) if not (run.folder / name).is_file()))
     else:
@@ -118,20 +117,42 @@ def _setup(run: RunFolder) -> Panel:
     return panel
 
 
+def _rows(data: DataRows) -> list[Table]:
+    """Rows by source, part and label, their sums last; and what was left out, where anything was."""
+    counted: dict[str, dict[str, Counter[str]]] = {}
+    for part, counts in data.rows.items():
+        for key, count in counts.items():
+            source, _, label = key.rpartition("/")
+            for name in (source, "all"):
+                counted.setdefault(name, {}).setdefault(part, Counter())[label] += count
+    cells = [
+        [name, *(" / ".join(str(parts[part][label]) for label in LABELS) if part in parts else "-" for part in data.rows)]
+        for name, parts in sorted(counted.items(), key=lambda item: (item[0] == "all", item[0]))
+    ]
+    tables = [Table(f"rows by source ({' / '.join(LABELS)})", ["source", *data.rows], cells)]
+    left_out = [[what, str(count)] for what, count in data.skipped.items()] + [[line, "all"] for line in data.missing]
+    return [*tables, Table("rows left out", ["of", "rows"], left_out)] if left_out else tables
+
+
+def _figure(value: float | None, interval: Interval | None) -> str:
+    """A figure, and its interval, within which no line is broken."""
+    return number(value, interval).replace(", ", ",\N{NO-BREAK SPACE}")
+
+
 def _metrics(run: RunFolder) -> Panel:
     panel = Panel(
         "metrics",
         "How well it decides",
-        "Brackets are 95 % intervals: of macro-F1 by bootstrap over rows, of rates exact (Clopper and Pearson), from "
-        f"{ENOUGH} rows up. They speak of other rows from the same sources. Baselines were fitted on the same training rows; "
-        "what a constant answer reaches is no score. AUPRC is the average precision of 'not ALLOW', AURC the mean error rate "
-        "over all coverages.",
+        "Brackets are 95 % intervals: of rates exact (Clopper and Pearson), of the others by bootstrap over rows, from "
+        f"{ENOUGH} rows up; drawing rows adds to ECE, so its interval lies high. They speak of other rows from the same "
+        "sources. Baselines were fitted on the same training rows; what a constant answer reaches is no score. AUPRC is the "
+        "average precision of 'not ALLOW', AURC the mean error rate over all coverages.",
     )
-    for title, scores in _scores(run, panel):
+    for _, title, scores in _scores(run, panel):
         rows = []
         for who, figures in {"SO8T": scores.metrics, **scores.baselines}.items():
             intervals = {"macro_f1": scores.macro_f1_95.get(who), **scores.intervals_95.get("all", {}).get(who, {})}
-            rows.append([who, *(number(figures.get(key), intervals.get(key)) for key, _ in SHOWN)])
+            rows.append([who, *(_figure(figures.get(key), intervals.get(key)) for key, _ in SHOWN)])
         heads = [head for _, head in SHOWN]
         counted = {key: int(scores.metrics.get(key) or 0) for key in ("rows", "failures", "unsure")}
         about = f"{title}: {counted['rows']} rows, {counted['failures']} failures (not counted), {counted['unsure']} unsure"
@@ -142,7 +163,7 @@ def _metrics(run: RunFolder) -> Panel:
             for group, table in groups.items():
                 own, intervals = table.get("SO8T", {}), scores.intervals_95.get(kind, {}).get(group, {})
                 accuracies = [number(table.get(who, {}).get("accuracy")) for who in names]
-                told = [number(own.get(key), intervals.get(key)) for key, _ in GROUPED]
+                told = [_figure(own.get(key), intervals.get(key)) for key, _ in GROUPED]
                 rows.append([group, str(int(own.get("rows") or 0)), *accuracies, *told])
             if rows:
                 about = f"{title}, by {kind}: accuracy of each classifier, and SO8T's figures"
@@ -152,10 +173,11 @@ def _metrics(run: RunFolder) -> Panel:
 
 def _confusion(run: RunFolder) -> Panel:
     panel = Panel("confusion", "Confusion matrices")
-    for title, scores in _scores(run, panel):
+    for part, title, scores in _scores(run, panel):
         heading = f"{title}: macro-F1 {number(scores.metrics.get('macro_f1'))}"
         plot = partial(plot_confusion, scores.confusion, heading)
-        panel.pictures.append(drawn(f"Confusion matrix, {title}: {scores.confusion}, labels by decisions", plot))
+        alt = f"Confusion matrix, {title}: {scores.confusion}, labels by decisions"
+        panel.pictures.append(drawn(f"confusion_{part}", alt, plot))
     return panel
 
 
@@ -165,10 +187,10 @@ def _reliability(run: RunFolder) -> Panel:
         "Reliability",
         "How often the most probable label is right, by how probable it was said to be. Bars under the dashed line: too sure.",
     )
-    for title, told in _sets(run, panel):
+    for part, title, told in _sets(run, panel):
         bins = reliability(told.probabilities, told.labels)
         plot = partial(plot_reliability, bins, title)
-        panel.pictures.append(drawn(f"Reliability diagram, {title}: ECE {bins.error:.3f}", plot))
+        panel.pictures.append(drawn(f"reliability_{part}", f"Reliability diagram, {title}: ECE {bins.error:.3f}", plot))
     return panel
 
 
@@ -180,21 +202,20 @@ def _trade_off(run: RunFolder) -> Panel:
         "so8t calibrate, by the policy, which looks at more than P(ALLOW), so that marks may lie beside the curve.",
     )
     curves, points = {}, {}
-    for title, told in _sets(run, panel):
+    for _, title, told in _sets(run, panel):
         curve = trade_off(told.probabilities, told.labels)
         if curve is None:
             panel.absent.append(f"{title}: needs rows labelled ALLOW and others, and one kind is missing")
             continue
         allowed = {"as decided": told.decisions == Label.ALLOW}
         if run.policy is not None:
-            allowed["by the policy"] = _by_policy(run.policy, told)
+            allowed["by the policy"] = under_policy(run.policy, told).labels.numpy() == Label.ALLOW
         marks = {how: operating_point(given, told.labels) for how, given in allowed.items()}
         curves[title] = curve
         points[title] = {how: point for how, point in marks.items() if isinstance(point, OperatingPoint)}
     if curves:
-        panel.pictures.append(
-            drawn("False allow against over-refusal over all thresholds", partial(plot_trade_off, curves, points), wide=True)
-        )
+        alt = "False allow against over-refusal over all thresholds"
+        panel.pictures.append(drawn(panel.key, alt, partial(plot_trade_off, curves, points), wide=True))
         rows = [
             [title, how, number(point.false_allow), number(point.over_refusal)]
             for title, marks in points.items()
@@ -202,14 +223,6 @@ def _trade_off(run: RunFolder) -> Panel:
         ]
         panel.tables.append(Table("operating points", ["set", "decided", "false allow", "over-refusal"], rows))
     return panel
-
-
-def _by_policy(policy: Policy, told: PredictedRows) -> NDArray[np.bool_]:
-    """Which rows a policy allows: `[N]`."""
-    no = torch.zeros(len(told.rows), dtype=torch.bool)
-    unsure = torch.tensor([row.unsure for row in told.rows])
-    decided = Decisions(torch.from_numpy(told.probabilities), torch.from_numpy(told.decisions), no, unsure)
-    return np.asarray(policy.apply(decided).labels == Label.ALLOW)
 
 
 def _risk_coverage(run: RunFolder) -> Panel:
@@ -220,12 +233,12 @@ def _risk_coverage(run: RunFolder) -> Panel:
         "The dotted line is the error rate over all rows.",
     )
     curves = {}
-    for title, told in _sets(run, panel):
+    for _, title, told in _sets(run, panel):
         curve = risk_coverage(told.probabilities, told.labels)
         if curve is not None:
             curves[title] = curve
     if curves:
-        panel.pictures.append(drawn("Error rate against coverage", partial(plot_risk_coverage, curves), wide=True))
+        panel.pictures.append(drawn(panel.key, "Error rate against coverage", partial(plot_risk_coverage, curves), wide=True))
     return panel
 
 
@@ -239,8 +252,8 @@ def _robustness(run: RunFolder) -> Panel:
     if run.robustness is None:
         panel.misses(f"{ROBUSTNESS} (so8t robustness writes it)")
     elif run.robustness:
-        picture = "False allow and over-refusal by wrapping, before and after"
-        panel.pictures.append(drawn(picture, partial(plot_robustness, run.robustness), wide=True))
+        alt = "False allow and over-refusal by wrapping, before and after"
+        panel.pictures.append(drawn(panel.key, alt, partial(plot_robustness, run.robustness), wide=True))
         panel.tables.append(Table("rates by wrapping", list(HEAD), [cells(one) for one in run.robustness]))
     return panel
 
@@ -258,7 +271,8 @@ def _group(run: RunFolder) -> Panel:
         value = run.setting(f"callbacks.group.{key}")
         bars.append(float(value) if isinstance(value, int | float) else default)
     plot = partial(plot_group, run.series, tolerance=bars[0], tolerance_float32=bars[1])
-    panel.pictures.append(drawn("Defects, commutator and angles of the gates against optimiser steps", plot, wide=True))
+    alt = "Defects, commutator and angles of the gates against optimiser steps"
+    panel.pictures.append(drawn(panel.key, alt, plot, wide=True))
     return panel
 
 
@@ -270,7 +284,8 @@ def _losses(run: RunFolder) -> Panel:
     if not run.series.get("train/loss"):
         panel.absent.append(f"{METRICS} has no losses: the run logged no training step")
         return panel
-    panel.pictures.append(drawn("Loss and its parts against optimiser steps", partial(plot_losses, run.series), wide=True))
+    alt = "Loss and its parts against optimiser steps"
+    panel.pictures.append(drawn(panel.key, alt, partial(plot_losses, run.series), wide=True))
     shares = [value for _, value in run.series.get("train/share_pet", [])]
     if shares:
         panel.note = (
@@ -291,9 +306,8 @@ def _gates(run: RunFolder) -> Panel:
     elif not run.angles:
         panel.absent.append(f"{TENSORS} has no gates")
     else:
-        panel.pictures.append(
-            drawn("Distance from the identity by gate and block", partial(plot_angles, run.angles), wide=True)
-        )
+        alt = "Distance from the identity by gate and block"
+        panel.pictures.append(drawn(panel.key, alt, partial(plot_angles, run.angles), wide=True))
         rows = [
             [name, str(len(values)), *(f"{value:.4f}" for value in (values.mean(), values.min(), values.max()))]
             for name, values in run.angles.items()
@@ -311,7 +325,7 @@ def _mistakes(run: RunFolder) -> Panel:
         "what was decided after each token: ALLOW green, ESCALATE amber and dotted, REFUSE red and underlined. The decision "
         "proper is read after the template's closing tokens.",
     )
-    for title, told in _sets(run, panel):
+    for _, title, told in _sets(run, panel):
         rows: list[list[str]] = []
         marked: list[list[tuple[str, str]]] = []
         for i in worst_mistakes(told.probabilities, told.decisions, told.labels):
@@ -341,6 +355,7 @@ def _within(parts: list[str]) -> list[str]:
 PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
     _setup,
     _metrics,
+    calibration_panel,
     _confusion,
     _reliability,
     _trade_off,

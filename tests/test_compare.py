@@ -22,6 +22,7 @@ from so8t.evaluation import Predictions, evaluate, write_predictions
 from so8t.files import write_json
 from so8t.intervals import macro_f1, resampled
 from so8t.labels import Label
+from so8t.streaming import Stream
 from tests.conftest import composed
 
 RECORDS = {
@@ -39,13 +40,23 @@ def figures(part: str, wrong: float, seed: int) -> dict:
 
 @functools.cache
 def decided(part: str, wrong: float, seed: int) -> Predictions:
-    """Probabilities that put a share `wrong` of the rows on the next label."""
-    records = RECORDS[part]
+    """Probabilities that put a share `wrong` of the rows on the next label, and decisions along 20 tokens."""
     rng = random.Random(seed)
-    labels = torch.tensor([(int(r.safety_label) + (rng.random() < wrong)) % 3 for r in records])
-    probabilities = torch.full((len(records), 3), 0.1)
-    probabilities[torch.arange(len(records)), labels] = 0.8
-    return Predictions.of_probabilities(probabilities)
+    return deciding(part, [(int(r.safety_label) + (rng.random() < wrong)) % 3 for r in RECORDS[part]], seed)
+
+
+def deciding(part: str, labels: list[int], seed: int = 0) -> Predictions:
+    """Predictions of these labels, more or less restless along the tokens by the seed."""
+    n, rng = len(labels), random.Random(seed)
+    probabilities = torch.full((n, 3), 0.1)
+    probabilities[torch.arange(n), torch.tensor(labels)] = 0.8
+    predictions = Predictions.of_probabilities(probabilities)
+    predictions.flicker = torch.tensor([rng.random() for _ in range(n)])
+    predictions.changes = torch.tensor([float(rng.randint(0, 9)) for _ in range(n)])
+    alarms = torch.tensor([float(rng.randint(0, 3)) for _ in range(n)])
+    detection = torch.tensor([float(rng.randint(1, 20)) for _ in range(n)])
+    predictions.stream = Stream(torch.full((n,), 20.0), detection, alarms)
+    return predictions
 
 
 def write_sets(folder: Path, wrong: float, draw: int) -> None:
@@ -137,6 +148,41 @@ def test_the_mean_and_spread_over_seeds_are_those_of_the_runs_own_figures(made, 
     assert told["test/sounds_dangerous_allowed"]["mean"] is not None
 
 
+ALONG = ("detected", "time_to_detection", "decision_changes", "false_alarms_per_1000_tokens")
+
+
+def test_figures_along_the_tokens_are_compared_seed_by_seed(made, so8t):
+    runs = [made(f"a{seed}", seed=seed) for seed in (0, 1, 5)]
+    runs += [made(f"b{seed}", "gate.map=cayley", seed=seed) for seed in (0, 1, 5)]
+    for k, run in enumerate(runs[3:]):
+        told = json.loads((run / "test.json").read_text())
+        told["metrics"] |= {key: told["metrics"][key] * (1.1 + k * k) for key in ALONG}
+        write_json(run / "test.json", told)
+    code, out, _ = so8t("compare", *runs, "--json")
+    assert code == 0
+    first, second = (v["figures"] for v in json.loads(out)["variants"])
+    for key in ALONG:
+        values = [json.loads((run / "test.json").read_text())["metrics"][key] for run in runs]
+        differences = np.subtract(values[3:], values[:3])
+        told = second[f"test/{key}"]
+        assert told["mean"] == pytest.approx(np.mean(values[3:]))
+        assert told["sd"] == pytest.approx(np.std(values[3:], ddof=1))
+        assert told["gain_by_seed"] == pytest.approx(differences)
+        assert told["gain"] == pytest.approx(differences.mean())
+        assert told["gain_sd"] == pytest.approx(differences.std(ddof=1))
+        assert "gain" not in first[f"test/{key}"], "the baseline gains nothing over itself"
+
+
+def test_without_the_same_seeds_nothing_is_compared_seed_by_seed(made, so8t):
+    runs = [made("a", seed=0), made("b", "gate.map=cayley", seed=1)]
+    _, out, _ = so8t("compare", *runs, "--json")
+    second = json.loads(out)["variants"][1]["figures"]
+    assert second["test/decision_changes"]["mean"] is not None
+    assert not any(key.startswith("gain") for key in second["test/decision_changes"])
+    assert "gain_by_seed" not in second["test/macro_f1"]
+    assert second["test/macro_f1"]["verdict"], "rows are the same"
+
+
 def test_a_gain_is_paired_over_rows(made):
     """Two variants that err on almost the same rows: each is uncertain, their difference is not."""
     found = compare([made("a", wrong=0.30), made("b", "gate.map=cayley", wrong=0.36)])
@@ -173,6 +219,26 @@ def test_a_seed_that_happens_to_be_good_does_not_make_a_variant_help(made):
     assert alone.variants[1].helps(alone.baseline)
 
 
+def test_a_variant_that_is_more_right_and_allows_more_harm_does_not_help(made, so8t, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+    runs = [made("a", wrong=0.6), made("b", "gate.map=cayley")]
+    for part, records in RECORDS.items():
+        # half of the risky rows of either label are allowed, and nothing else is wrong
+        predictions = deciding(part, [int(r.safety_label) * (i // 3 % 2) for i, r in enumerate(records)])
+        write_json(runs[1] / f"{part}.json", evaluate(part, records, predictions, None, None).as_json())
+        write_predictions(runs[1] / f"{part}_predictions.jsonl", records, predictions)
+    found = compare(runs)
+    harmful = found.variants[1]
+    assert harmful.verdict(MIXED, found.baseline) == "better"
+    assert harmful.verdict(FALSE_ALLOW, found.baseline) == "worse"
+    assert harmful.more_right(found.baseline)
+    assert harmful.helps(found.baseline) is False
+    code, out, _ = so8t("compare", *runs, "--out", runs[0] / "p.png")
+    assert code == 0
+    assert re.search(r"gate.map=cayley: more right, but allows more harm \(.*false allow, mixed worse", out)
+    assert "does NOT help" not in out
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +259,21 @@ def test_the_table_tells_plainly_what_helps_and_what_does_not(made, so8t, tmp_pa
     told = json.loads(out)
     assert told["baseline"] == "gate.blocks=leading gate.map=exp"
     assert [v["helps"] for v in told["variants"]] == [True, True, True, None]
+
+
+def test_every_table_is_whole_within_eighty_columns(made, so8t, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    overrides = ("gate.sites=[o_proj]", "gate.blocks=shared", "pet.target=hidden")
+    runs = [made(f"{k}{seed}", *overrides[:k], seed=seed) for k in (0, 3) for seed in range(2)]
+    code, out, _ = so8t("compare", *runs, "--out", runs[0] / "p.png")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    rows = [line.split() for line in out.splitlines() if re.match(r" +2 ", line)]
+    assert len(rows) == 7, "the variant, and its figures and differences in three tables each"
+    assert [row.count("±") for row in rows] == [0, 4, 4, 4, 0, 3, 4]
+    for figure in FIGURES:
+        assert set(figure.title.split()) <= set(out.split()), figure.title
 
 
 def test_of_a_sweep_what_did_not_finish_is_listed_and_the_picture_lies_in_it(made, so8t, tmp_path, monkeypatch):
@@ -262,6 +343,7 @@ def broken(make, tmp_path_factory) -> dict[str, Path]:
         (["{a}", "{b}", "--baseline", "gate"], "--baseline gate: several variants fit"),
         (["{a}", "{b}", "--baseline", "nothing"], "--baseline nothing: no variant is named so: gate.map=exp"),
         (["{a}", "--out", "x.pdf"], "the picture is a PNG"),
+        (["{a}", "--out", "{a}/config.yaml/p.png"], "a/config.yaml/p.png cannot be written"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line_and_code_two(broken, so8t, arguments, told):

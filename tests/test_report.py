@@ -14,20 +14,24 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from so8t.adapter import load_agent
+from so8t.calibration import Policy, Threshold, adapter_digest, calibration_error, save_policy
+from so8t.calibration import calibrated as calibrated_probabilities
 from so8t.cli import main
 from so8t.config import Config, validate
+from so8t.data.datamodule import DataSpec, SafetyData
+from so8t.data.sources import SourceSpec
 from so8t.errors import ArtefactError
 from so8t.labels import LABELS
 from so8t.memory import Plan, plan
 from so8t.mistakes import MOST
 from so8t.report import LONGEST, panels, render
-from so8t.run_folder import read_run
+from so8t.run_folder import DataRows, read_run, write_data
 from so8t.streaming import stream
+from tests.conftest import synthetic_rows, write_rows
 
 PICTURES = {
-    "setup": 0, "metrics": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1, "robustness": 0,
-    "group": 1, "losses": 1,
-    "gates": 1, "memory": 1, "mistakes": 0,
+    "setup": 0, "metrics": 0, "calibration": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1,
+    "robustness": 0, "group": 1, "losses": 1, "gates": 1, "memory": 1, "mistakes": 0,
 }  # fmt: skip
 """Of a run that has a test split and no unseen sources."""
 
@@ -96,7 +100,14 @@ def run(finished_run, tmp_path) -> Path:
 
 
 def page_of(folder: Path) -> Page:
-    return Page(render(read_run(folder)))
+    read = read_run(folder)
+    return Page(render(read, panels(read)))
+
+
+def tables_of(folder: Path, key: str) -> dict[str, list[list[str]]]:
+    """Rows of a panel's tables by title."""
+    (panel,) = (panel for panel in panels(read_run(folder)) if panel.key == key)
+    return {table.title: table.rows for table in panel.tables}
 
 
 def test_every_panel_has_its_picture_and_the_missing_set_is_named(run, capsys):
@@ -114,14 +125,117 @@ def test_every_panel_has_its_picture_and_the_missing_set_is_named(run, capsys):
     assert {f"{figures[key]:.3f}" for key in ("macro_f1", "auprc_not_allow", "aurc")} <= set(page.cells)
 
 
+def test_every_picture_of_the_page_lies_beside_it_as_a_file_of_the_panel_s_name(run, tmp_path, so8t):
+    code, out, _ = so8t("report", run, "--out", tmp_path / "elsewhere" / "page.html")
+    assert code == 0
+    assert f"its pictures: {tmp_path / 'elsewhere' / 'page_plots'}" in out
+    page = Page((tmp_path / "elsewhere/page.html").read_text(encoding="utf-8"))
+    of_panel = {"confusion": "confusion_test", "reliability": "reliability_test"}
+    files = {file.name: file.read_bytes() for file in (tmp_path / "elsewhere/page_plots").iterdir()}
+    shown = {
+        f"{of_panel.get(key, key)}.png": base64.b64decode(picture.removeprefix("data:image/png;base64,"))
+        for key, pictures in page.pictures.items()
+        for picture in pictures
+    }
+    assert files == shown
+    assert so8t("report", run)[0] == 0
+    assert {name: (run / "plots" / name).read_bytes() for name in files} == files
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_code_two(run, so8t):
+    code, _, err = so8t("report", run, "--out", run / "config.yaml" / "page.html")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "page.html cannot be written" in err
+
+
+def test_every_figure_of_probabilities_is_shown_with_its_interval(run):
+    told = json.loads((run / "test.json").read_text())["intervals_95"]["all"]["SO8T"]
+    told["auroc_not_allow"] = [0.111, 0.999]
+    scores = json.loads((run / "test.json").read_text())
+    scores["intervals_95"]["all"]["SO8T"] = told
+    (run / "test.json").write_text(json.dumps(scores))
+    (title,) = (title for title in tables_of(run, "metrics") if title.startswith("mixed test split: "))
+    row = tables_of(run, "metrics")[title][0]
+    assert row[0] == "SO8T"
+    assert any(cell.endswith(" [0.11,\N{NO-BREAK SPACE}1.00]") for cell in row)
+
+
+# -- calibration, and what was trained on ------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_never_calibrated_says_that_its_figures_are_uncalibrated(run):
+    page = page_of(run)
+    assert "all figures on this page are of uncalibrated decisions" in page.text["calibration"]
+    assert "calibration" not in {key for key in page.text if "by the policy" in page.text[key]}
+
+
+@pytest.fixture
+def calibrated(run) -> Path:
+    """Under a policy that never allows, and refuses as before."""
+    digest = adapter_digest(run / "adapter")
+    never, always = Threshold(None, 0.05, 0.1, 321, 0.0, 0.0123), Threshold(0.0, 0.9, 0.1, 123, 0.25, 0.3)
+    save_policy(run / "adapter", Policy(1.234, never, always, 77, "held_out.jsonl", 0.071, 0.042, digest))
+    return run
+
+
+def test_the_calibration_panel_tells_what_is_promised_and_on_which_rows(calibrated):
+    promises = tables_of(calibrated, "calibration")["what is promised, and the rows on which it was tested"]
+    assert promises == [
+        ["ALLOW", "never given", "ESCALATE, REFUSE", "321", "0.00 %", "1.23 %", "5 %", "10 %"],
+        ["REFUSE", "P(REFUSE) = 0.0000", "ALLOW", "123", "25.00 %", "30.00 %", "90 %", "10 %"],
+    ]
+    text = page_of(calibrated).text["calibration"]
+    for told in ("1.234", "77 rows (held_out.jsonl)", "On the 444 other ones", "0.071 before and 0.042 after"):
+        assert told in text
+
+
+def test_the_calibration_panel_tells_what_the_policy_costs_on_the_run_s_own_rows(calibrated):
+    before, after = tables_of(calibrated, "calibration")["what it costs: decisions before and after"]
+    figures = json.loads((calibrated / "test.json").read_text())["metrics"]
+    assert before[:2] == ["mixed test split", "uncalibrated"]
+    assert before[5:] == [f"{figures[key]:.3f}" for key in ("false_allow_rate", "over_refusal_rate", "ece")]
+    told = read_run(calibrated).predictions["test"]
+    shares = [100 * np.mean(told.decisions == label) for label in range(3)]
+    assert before[2:5] == [f"{share:.1f} %" for share in shares]
+    assert after[2:7] == ["0.0 %", f"{shares[0] + shares[1]:.1f} %", f"{shares[2]:.1f} %", "0.000", "1.000"]
+    tempered = calibrated_probabilities(torch.from_numpy(told.probabilities), 1.234)
+    error = calibration_error(tempered, torch.from_numpy(told.labels))
+    assert float(after[7]) == pytest.approx(error, abs=6e-4)
+
+
+def test_the_rows_of_a_run_are_told_by_source_part_and_label(run, tmp_path):
+    sources = {}
+    for k, name in enumerate(("town", "a/b")):
+        path = write_rows(tmp_path / f"{k}.jsonl", [{"source": name, **row} for row in synthetic_rows(90, seed=k)])
+        sources[name] = SourceSpec(kind="file", path=str(path))
+    data = SafetyData(DataSpec(sources=sources, holdout_sources=("a/b",)), seed=0)
+    data.setup()
+    write_data(run, DataRows(data.describe(), {**data.skipped, "town": 7}, ["source lost is left out: no network"]))
+    shown = tables_of(run, "setup")
+    table = {row[0]: row[1:] for row in shown["rows by source (ALLOW / ESCALATE / REFUSE)"]}
+    counted = [
+        " / ".join(str(sum(r.safety_label.name == name for r in rows)) for name in LABELS) if rows else "-"
+        for rows in (data.train, data.val, data.test, data.unseen)
+    ]
+    assert list(table) == ["a/b", "town", "all"]
+    assert table["all"] == counted
+    assert table["a/b"] == ["-", "-", "-", counted[3]]
+    assert ["town", "7"] in shown["rows left out"]
+    assert ["source lost is left out: no network", "all"] in shown["rows left out"]
+    (run / "data.json").unlink()
+    older = tables_of(run, "setup")
+    assert not any(title.startswith("rows") for title in older), "and nothing is said of it"
+
+
 def test_groups_are_shown_with_their_intervals(run):
     scores = json.loads((run / "test.json").read_text())
     scores["intervals_95"]["form"]["unknown"]["macro_f1"] = [0.111, 0.888]
     (run / "test.json").write_text(json.dumps(scores))
-    shown = {table.title: table.rows for table in panels(read_run(run))[1].tables}
+    shown = tables_of(run, "metrics")
     (title,) = (title for title in shown if "by form" in title)
     assert shown[title][0][0] == "unknown", "these rows tell no form"
-    assert any(cell.endswith(" [0.11, 0.89]") for cell in shown[title][0])
+    assert any(cell.endswith(" [0.11,\N{NO-BREAK SPACE}0.89]") for cell in shown[title][0])
     assert any("by language" in title for title in shown)
 
 
@@ -137,7 +251,7 @@ def test_the_worst_mistakes_show_what_was_decided_after_each_of_their_tokens(run
         assert parts == [(token.text, token.label.name) for token in seen][-len(parts) :]
         assert "".join(text for text, _ in parts) == request
     assert sum("tokens" in row for row in rows) == len(table.rows), "and no other row"
-    page = Page(render(read_run(run)))
+    page = page_of(run)
     assert {told.get("class") for tag, told in page.tags if tag == "span"} <= set(LABELS)
 
 
@@ -186,7 +300,7 @@ def test_markup_in_a_request_and_in_the_settings_is_shown_and_does_nothing(run):
         ("csv/metrics.csv", ["group", "losses"]),
         ("test.json", ["metrics", "confusion"]),
         ("test_predictions.jsonl", ["reliability", "trade-off", "risk-coverage", "mistakes"]),
-        ("adapter/adapter.safetensors", ["setup", "gates"]),
+        ("adapter/adapter.safetensors", ["setup", "calibration", "gates"]),
     ],
 )
 def test_a_file_that_is_missing_is_named_where_it_would_be_shown(run, gone, panels):
@@ -220,6 +334,7 @@ def test_a_folder_that_is_no_run_is_an_error_and_nothing_is_written(tmp_path, th
     [
         ("config.yaml", "a: [1"),
         ("config.yaml", "- only\n- a list\n"),
+        ("data.json", '{"rows": {"train": ["starter/ALLOW"]}, "skipped": {}, "missing": []}'),
         ("csv/metrics.csv", "step,train/loss\n1,many\n"),
         ("test.json", "{}"),
         ("test_predictions.jsonl", '{"user_request": "half a row"'),

@@ -6,13 +6,14 @@ import shutil
 import pytest
 from playwright.sync_api import expect
 
+from so8t.calibration import Policy, Threshold, adapter_digest, save_policy
 from so8t.labels import LABELS
-from so8t.report import render
+from so8t.report import panels, render
 from so8t.run_folder import read_run
 from tests.browser import illegible, open_page, sticking_out
 
 SECTIONS = [
-    "setup", "metrics", "confusion", "reliability", "trade-off", "risk-coverage", "robustness",
+    "setup", "metrics", "calibration", "confusion", "reliability", "trade-off", "risk-coverage", "robustness",
     "group", "losses", "gates", "memory", "mistakes",
 ]  # fmt: skip
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)><style>body{display:none}</style>"
@@ -32,7 +33,10 @@ def report(finished_run, tmp_path_factory) -> str:
     for name in ("test_predictions.jsonl", "unseen_predictions.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = folder / "report.html"
-    page.write_text(render(read_run(folder)), encoding="utf-8")
+    digest, never = adapter_digest(folder / "adapter"), Threshold(None, 0.05, 0.05, 300, 0.0, 0.01)
+    save_policy(folder / "adapter", Policy(1.2, never, never, 100, "held_out.jsonl", 0.07, 0.04, digest))
+    run = read_run(folder)
+    page.write_text(render(run, panels(run)), encoding="utf-8")
     return page.as_uri()
 
 

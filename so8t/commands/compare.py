@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from io import BytesIO
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """The command."""
     from so8t.compare import compare, sweep_folders
     from so8t.compare_view import as_json, plot_comparison, print_comparison
+    from so8t.page import write_out
 
     if not args.runs and args.sweep is None:
         raise SO8TError("name runs, or a multirun's folder with --sweep")
@@ -40,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
     comparison = compare(args.runs, of_sweep=of_sweep, baseline=args.baseline)
     picture = args.out or (None if args.json else (args.sweep or Path("outputs")) / "compare.png")
     if picture is not None:
-        plot_comparison(comparison, picture)
+        drawn = BytesIO()
+        plot_comparison(comparison, drawn)
+        write_out(picture, drawn.getvalue())
     if args.json:
         print(json.dumps(as_json(comparison), ensure_ascii=False))
         return

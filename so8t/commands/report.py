@@ -1,4 +1,5 @@
-"""`so8t report`: one HTML file about a trained run, from what its folder holds; it needs no base and no network."""
+"""`so8t report`: one HTML file about a trained run and its pictures as PNGs, from what its folder holds; it needs no base and
+no network."""
 
 from __future__ import annotations
 
@@ -13,13 +14,18 @@ HELP = "write one HTML file about a trained run: figures, curves, gates, worst m
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the run's folder)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the file to write, with its pictures beside it in a folder NAME_plots (default: report.html in the run's folder, "
+        "with its pictures in plots)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
-    from so8t.files import write_text
-    from so8t.report import render
+    from so8t.page import write_out
+    from so8t.report import panels, render
     from so8t.run_folder import read_run
 
     out: Path = args.out or args.run / "report.html"
@@ -27,5 +33,10 @@ def run(args: argparse.Namespace) -> None:
         raise SO8TError(f"--out {out} is a folder: name a file")
     if out.suffix.lower() not in (".html", ".htm"):
         raise SO8TError(f"--out {out} would be taken for something else than a page: give it a name that ends in .html")
-    write_text(out, render(read_run(args.run)))
-    print(f"report: {out}")
+    read = read_run(args.run)
+    told = panels(read)
+    write_out(out, render(read, told).encode())
+    plots = args.run / "plots" if args.out is None else out.with_name(f"{out.stem}_plots")
+    for picture in (picture for panel in told for picture in panel.pictures):
+        write_out(plots / f"{picture.name}.png", picture.png)
+    print(f"report: {out}; its pictures: {plots}")
