@@ -29,6 +29,7 @@ from so8t.calibration import (
     save_policy,
     upper_bound,
 )
+from so8t.cli import main
 from so8t.errors import ArtefactError, DataError
 from so8t.labels import LABELS, Label
 from so8t.model import decide
@@ -428,3 +429,11 @@ def test_an_adapter_with_a_foreign_policy_is_not_asked_until_it_is_calibrated_ag
 def test_rates_are_between_zero_and_one(so8t, run_folder, option):
     for value in ("0", "1", "5", "nan", "few"):
         assert so8t("calibrate", run_folder, option, value)[0] == 2
+
+
+@pytest.mark.parametrize(("given", "told"), [("abc", "'abc' is no number"), ("5", "not between 0 and 1")])
+def test_an_alpha_that_is_none_is_told(given, told, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["calibrate", "run", "--alpha", given])
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err

@@ -1,13 +1,17 @@
 """What commands share: how a word of the command line is read, and where an agent at work keeps its state."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
 from so8t.data.records import ReadReport
 from so8t.labels import Label
+
+T = TypeVar("T", int, float)
 
 STATE = Path("outputs/agent")
 """Where an agent at work keeps its queue and its audit log."""
@@ -42,9 +46,16 @@ def tell_left_out(report: ReadReport, console: Console) -> None:
         console.print(f"left out: {escape(line)}")
 
 
+def _number(kind: Callable[[str], T], text: str) -> T:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+
+
 def positive(text: str) -> int:
     """A whole number from 1 up."""
-    value = int(text)
+    value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
@@ -52,7 +63,7 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> float:
     """A number from 0 up."""
-    value = float(text)
+    value = _number(float, text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return value
@@ -68,7 +79,7 @@ def positive_number(text: str) -> float:
 
 def port(text: str) -> int:
     """A TCP port; 0 is any free one."""
-    value = int(text)
+    value = _number(int, text)
     if not 0 <= value < 2**16:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
     return value
@@ -76,7 +87,7 @@ def port(text: str) -> int:
 
 def inside_unit(text: str) -> float:
     """A number between 0 and 1, both excluded."""
-    value = float(text)
+    value = _number(float, text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1 (5 % is 0.05)")
     return value
