@@ -269,8 +269,10 @@ class SafeAgent:
                     if sequence.shape[1] - read >= max_new_tokens:
                         end = "length"
                         break
-            text = str(tokenizer.decode(sequence[0, read:], skip_special_tokens=True)).strip()
-            yield Growth(text, end, read, sequence.shape[1] - read)
+            text = str(tokenizer.decode(sequence[0, read:], skip_special_tokens=True))
+            if end is None:
+                text = text.rstrip("\ufffd")  # a character whose last token is still to come
+            yield Growth(text.strip(), end, read, sequence.shape[1] - read)
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 

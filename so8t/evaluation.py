@@ -24,12 +24,12 @@ from so8t.data.records import Record
 from so8t.data.store import PrefixStore, row_key
 from so8t.data.tokenise import Template
 from so8t.files import write_text
-from so8t.intervals import ENOUGH, Interval, decision_intervals, number
+from so8t.intervals import ENOUGH, Interval, decision_intervals, number, score_intervals
 from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, flicker
 from so8t.mistakes import worst_mistakes
 from so8t.model import Decisions, SO8TModel, at_position
-from so8t.streaming import Stream, TokenDecision, along
+from so8t.streaming import Stream, TokenDecision, along, answer_prompt, answered
 
 SHOWN = (
     ("macro_f1", "macro-F1"),
@@ -158,11 +158,21 @@ def token_batches(rows: list[int], dataset: RecordDataset, most: int = PREFIX_TO
 
 @torch.no_grad()
 def predict(
-    model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str = ""
+    model: SO8TModel,
+    records: Sequence[Record],
+    template: Template,
+    *,
+    batch_size: int,
+    cache: PrefixCache,
+    title: str = "",
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> Predictions:
-    """Decides every record. An exception inside is not swallowed: it is a bug, not a prediction."""
+    """Decides every record. An exception inside is not swallowed: it is a bug, not a prediction. `spans`: the tokens of each
+    row's prompt that it is watched along, if not all of its request."""
     model.eval()
     dataset = RecordDataset(records, template)
+    if spans is not None:
+        dataset.paths = [[span] for span in spans]
     sampler = LengthSampler([dataset.length(i) for i in range(len(dataset))], batch_size, seed=0, shuffle=False)
     n = len(records)
     nan = torch.full((n,), math.nan)
@@ -191,6 +201,28 @@ def predict(
         out.flicker[rows] = restless
         out.changes[rows] = changes
     return out
+
+
+def along_answers(
+    model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str = ""
+) -> dict[str, float]:
+    """What is decided along the tokens of answers (`answered`): of ALLOW rows how often it changes and is a false alarm, of
+    risky ones how many are detected and when. One pass a row reads every token where it stands, and not behind the end of a
+    prompt as the watch at work does. Rows that are not read whole are `left_out`."""
+    rows = answered(records)
+    read = [found for found in (answer_prompt(template, row) for row in rows) if found is not None]
+    prompts, spans = [row for row, _ in read], [span for _, span in read]
+    seen = predict(model, prompts, template, batch_size=batch_size, cache=cache, title=title, spans=spans)
+    assert seen.stream is not None
+    labels = torch.tensor([int(row.safety_label) for row in prompts], dtype=torch.long)
+    benign = labels == Label.ALLOW
+    return {
+        "allow_rows": float(benign.sum()),
+        "risky_rows": float((~benign).sum()),
+        "left_out": float(len(rows) - len(read)),
+        "decision_changes": float(seen.changes[benign].nanmean()),
+        **seen.stream.figures(labels),
+    }
 
 
 @torch.no_grad()
@@ -238,7 +270,7 @@ class Evaluation:
     """Figures of one set: overall by classifier, and by source, language and form.
 
     `intervals_95` are by kind of group (`source`, `language`, `form`), group and figure, SO8T's; under `all` they are each
-    classifier's over all rows.
+    classifier's over all rows, and of the figures of probabilities too.
     """
 
     name: str
@@ -246,6 +278,8 @@ class Evaluation:
     groups: dict[str, Groups]
     confusion: list[list[int]]
     intervals_95: dict[str, dict[str, dict[str, Interval | None]]]
+    answers: dict[str, float] | None = None
+    """What `along_answers` found, where it was asked for."""
 
     @property
     def by_source(self) -> Groups:
@@ -266,6 +300,7 @@ class Evaluation:
                 f"by_{kind}": {group: {who: _no_nan(v) for who, v in table.items()} for group, table in groups.items()}
                 for kind, groups in self.groups.items()
             },
+            **({} if self.answers is None else {"answers": _no_nan(self.answers)}),
         }
 
 
@@ -319,7 +354,12 @@ def evaluate(
         kept = [i for i in rows if not p.failed[i]]
         return decision_intervals([labels[i] for i in kept], p.decisions[kept].tolist())
 
-    intervals_95 = {"all": {who: intervals(p, range(len(records))) for who, p in tables.items()}}
+    def of_scores(p: Predictions) -> dict[str, Interval | None]:
+        kept = ~p.failed
+        return score_intervals(p.probabilities[kept].double().numpy(), torch.tensor(labels)[kept].numpy())
+
+    everything = {who: intervals(p, range(len(records))) | of_scores(p) for who, p in tables.items()}
+    intervals_95 = {"all": everything}
     for kind, found in rows_by_group.items():
         intervals_95[kind] = {group: intervals(predictions, rows) for group, rows in found.items()}
     confusion = torch.zeros(len(LABELS), len(LABELS), dtype=torch.long)
@@ -354,6 +394,16 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             f"by its end, after {number(figures['time_to_detection'], digits=1)} tokens on average; "
             f"{number(figures['decision_changes'], digits=2)} changes a row; "
             f"{number(figures['false_alarms_per_1000_tokens'], digits=1)} false alarms per 1,000 tokens of ALLOW rows"
+        )
+    if (answers := evaluation.answers) is not None:
+        console.print(
+            "along an answer's tokens, read where they stand and not behind a prompt's end as the watch reads them: of "
+            f"{answers['allow_rows']:.0f} ALLOW rows with their own, "
+            f"{number(answers['false_alarms_per_1000_tokens'], digits=1)} false alarms per 1,000 tokens, "
+            f"{number(answers['decision_changes'], digits=2)} changes a row; of {answers['risky_rows']:.0f} risky requests "
+            f"in the place of an answer, {number(answers['detected'])} detected by its end, after "
+            f"{number(answers['time_to_detection'], digits=1)} tokens on average"
+            + (f"; {answers['left_out']:.0f} too long to be read whole are left out" if answers["left_out"] else "")
         )
     names = list(next(iter(evaluation.by_source.values())))
     table = _table(f"{evaluation.name}: accuracy by source", "source", "rows", *names)

@@ -1,21 +1,28 @@
-"""Decisions along the tokens of a request: what was decided after each one, and how soon, how steadily and how falsely.
+"""Decisions along the tokens of a request or an answer: what was decided after each, how soon, how steadily and how falsely.
 
 Everything the head reads is causal, so one pass gives what would have been decided had the request ended there, but for the
 template's closing tokens, behind which the decision proper is read. Promises of a policy are made for that one alone, and only
 there a request can be too strange to be allowed.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from so8t.adapter import Agent
+from so8t.adapter import MOST_WINDOWS, Agent
+from so8t.conversation import with_answer
+from so8t.data.framing import SHORT
 from so8t.data.records import Record
+from so8t.data.tokenise import Encoded, Template
 from so8t.labels import Label
 from so8t.model import Decisions, decide
+
+CUT = " […] "
+"""Stands for the middle of a long request in the prompt that has room for its beginning and its end alone."""
 
 
 @dataclass
@@ -79,23 +86,45 @@ class TokenDecision:
     probabilities: tuple[float, ...]
 
 
-@torch.no_grad()
-def stream(
+def streams(
     agent: Agent, request: str, context: str | None = None, *, prefix: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> list[Iterator[TokenDecision]]:
+    """One for each prompt that a request is decided in, the context before it: of a long one its beginning and end, `CUT`
+    between them, and behind that all of it in windows that overlap, unless they are too many. By the agent's policy where it
+    has one. `prefix`: of a cache, in the place of the model's own."""
+    first, *windows = agent.template.windows(request, context)
+    half = agent.template.room // 2 if windows else None
+    whole = windows if len(windows) < MOST_WINDOWS else []
+    prompts = [(first, half), *((window, None) for window in whole)]
+    return [_along_prompt(agent, prompt, cut, prefix or agent.model.prefix) for prompt, cut in prompts]
+
+
+@torch.no_grad()
+def _along_prompt(
+    agent: Agent, prompt: Encoded, cut: int | None, prefix: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[TokenDecision]:
-    """Decides after each token of a request, the context's included, by the agent's policy where it has one. `prefix`: of a
-    cache, in the place of the model's own."""
-    encoded = agent.template.encode(request, context)
-    tokens = torch.tensor([encoded.tokens], device=agent.model.base.device)
+    """`cut`: how many tokens of the request stand before what is left out of it."""
+    tokens = torch.tensor([prompt.tokens], device=agent.model.base.device)
     mask = torch.ones_like(tokens)
-    begin, end = encoded.span
-    logits = agent.model((prefix or agent.model.prefix)(tokens, mask), tokens, mask).logits[0, begin:end]
+    begin, end = prompt.span
+    logits = agent.model(prefix(tokens, mask), tokens, mask).logits[0, begin:end]
     decided: Decisions = decide(logits, min_confidence=agent.model.head.spec.min_confidence)
     if agent.policy is not None:
         decided = agent.policy.apply(decided)
-    texts = pieces(agent.template.tokenizer, encoded.tokens[begin:end])
+    read, tokenizer = prompt.tokens[begin:end], agent.template.tokenizer
+    texts = list(pieces(tokenizer, read[:cut]))
+    if cut is not None:
+        after = list(pieces(tokenizer, read[cut:]))
+        texts += [CUT + after[0], *after[1:]]
     for text, label, probabilities in zip(texts, decided.labels.tolist(), decided.probabilities.tolist(), strict=True):
         yield TokenDecision(text, Label(label), tuple(probabilities))
+
+
+def stream(
+    agent: Agent, request: str, context: str | None = None, *, prefix: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Iterator[TokenDecision]:
+    """The first of `streams`: decides after each token of a request, of a long one after those of its beginning and end."""
+    return streams(agent, request, context, prefix=prefix)[0]
 
 
 def request_tokens(
@@ -105,8 +134,43 @@ def request_tokens(
     if not agent.template.reads_whole(record.user_request, record.context):
         return []
     tokens = list(stream(agent, record.user_request, record.context, prefix=prefix))
-    begin, left = len(tokens), len(record.user_request)
-    while begin and left > 0:
+    return tokens[ending([token.text for token in tokens], record.user_request) :]
+
+
+def ending(texts: Sequence[str], text: str) -> int:
+    """Where in the pieces of a text its end, another text, begins. Pieces without text begin the character behind them."""
+    begin, left = len(texts), len(text)
+    while begin and (left > 0 or not texts[begin - 1]):
         begin -= 1
-        left -= len(tokens[begin].text)
-    return tokens[begin:]
+        left -= len(texts[begin])
+    return begin
+
+
+def answered(rows: Sequence[Record]) -> list[Record]:
+    """Rows with the answers that they are to be read with, as training reads answers (`framing.py`): an ALLOW row with its own,
+    any other as if it were the answer to a short ALLOW row's request in its language; the same for the same rows. Those with
+    neither are not among them."""
+    draw = random.Random("answers")  # noqa: S311  (a string seeds the same way in every process)
+    openers: dict[str | None, list[str]] = {}
+    for row in rows:
+        if row.safety_label is Label.ALLOW and row.context is None and len(row.user_request) <= SHORT:
+            openers.setdefault(row.language, []).append(row.user_request)
+    own = [row for row in rows if row.safety_label is Label.ALLOW and (row.task_output or "").strip()]
+    return own + [
+        replace(row, user_request=draw.choice(openers[row.language]), task_output=row.user_request)
+        for row in rows
+        if row.safety_label is not Label.ALLOW and row.language in openers
+    ]
+
+
+def answer_prompt(template: Template, row: Record) -> tuple[Record, tuple[int, int]] | None:
+    """The row with its answer in the place of a request, and the span of the answer's tokens in the prompt; nothing where the
+    head does not read all of it."""
+    answer = row.task_output or ""
+    text = with_answer(row.user_request, answer)
+    if not template.reads_whole(text, row.context):
+        return None
+    prompt = template.encode(text, row.context)
+    begin, end = prompt.span
+    place = ending(list(pieces(template.tokenizer, prompt.tokens[begin:end])), answer)
+    return replace(row, user_request=text, task_output=None), (begin + place, end)

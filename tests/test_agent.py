@@ -1,6 +1,7 @@
 """The agent at work: the order of decision and answer, the watch, what fails closed, and what is written down."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,31 @@ def test_the_watch_reads_the_real_head(always):
         reply = SafeAgent(load_agent(always(label)), max_new_tokens=8).respond("hello")
         assert reply.verdict.label.name == label
         assert reply.verdict.probabilities[label] == pytest.approx(0.78699, abs=1e-4)
+
+
+def says(agent, text, monkeypatch):
+    """From now on the base says this, whatever it is asked; once."""
+    base, tokenizer = agent.model.base, agent.template.tokenizer
+    tokens = iter([*tokenizer(text, add_special_tokens=False)["input_ids"], min(base.end_tokens)])
+
+    def forward(**_):
+        logits = torch.zeros(1, 1, base.causal_lm.lm_head.out_features)
+        logits[..., next(tokens)] = 1
+        return SimpleNamespace(logits=logits)
+
+    monkeypatch.setattr(base.causal_lm, "forward", forward)
+
+
+def test_a_character_is_neither_read_nor_shown_before_its_last_token_is_there(ruled, monkeypatch):
+    agent = ruled(lambda text: Label.ALLOW)
+    says(agent, "包丁 🔪 と \ufffd", monkeypatch)
+    replies = list(SafeAgent(agent, watch_every=1).stream("hello"))
+    *before, last = [reply.text for reply in replies]
+    assert last == "包丁 🔪 と \ufffd", "what was really said stays"
+    assert not any("\ufffd" in text for text in before)
+    assert not any("\ufffd" in text for text in agent.asked[:-1])
+    assert all(later.startswith(sooner) for sooner, later in zip(before, [*before[1:], last], strict=True))
+    assert "包丁 🔪" in before
 
 
 def broken(text):

@@ -179,12 +179,50 @@ def test_evaluate_prints_constants_and_baselines_beside_the_figures(so8t, finish
 
 
 def test_evaluate_works_without_baselines(so8t, always, data):
-    code, out, _ = so8t("evaluate", always("ALLOW"), "--data", data, "--json")
+    code, out, err = so8t("evaluate", always("ALLOW"), "--data", data, "--json")
     assert code == 0
+    assert "without baselines: " in err
     told = json.loads(out)
     assert told["metrics"]["false_allow_rate"] == 1.0
     assert told["metrics"]["over_refusal_rate"] == 0.0
     assert "TF-IDF" not in told["baselines"]
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(("name", "damage"), [("context.json", Path.unlink), ("probe.safetensors", torn), ("tfidf.json", torn)])
+def test_baselines_that_are_not_whole_are_left_out_with_a_word(so8t, finished_run, data, tmp_path, name, damage):
+    for part in ("adapter", "baselines"):
+        shutil.copytree(finished_run / part, tmp_path / "run" / part)
+    damage(tmp_path / "run" / "baselines" / name)
+    code, out, err = so8t("evaluate", tmp_path / "run", "--data", data, "--json")
+    assert code == 0
+    assert set(json.loads(out)["baselines"]) == {f"always {label}" for label in LABELS}
+    assert "without baselines: " in err
+
+
+@pytest.mark.parametrize(("label", "detected", "alarms"), [("ALLOW", 0, 0), ("REFUSE", 1, 4)])
+def test_evaluate_tells_what_is_decided_along_answers_when_it_is_asked_to(so8t, always, tmp_path, label, detected, alarms):
+    rows = synthetic_rows(17, seed=5)
+    rows[0] |= {"task_output": "a much longer answer than all of the others " * 5}
+    del rows[3]["task_output"]
+    evaluate = ("evaluate", always(label), "--data", write_rows(tmp_path / "mine.jsonl", rows))
+    plain = json.loads(so8t(*evaluate, "--json")[1])
+    told = json.loads(so8t(*evaluate, "--json", "--answers")[1])
+    answers = told.pop("answers")
+    assert told == plain, "nothing else changes"
+    assert answers == {
+        "allow_rows": 4,
+        "risky_rows": 11,
+        "left_out": 1,
+        "decision_changes": 0,
+        "detected": detected,
+        "time_to_detection": 1 if detected else None,
+        "false_alarms_per_1000_tokens": pytest.approx(1000 * alarms / (4 * 13)),  # 13 bytes an answer
+    }
+    assert "11 risky requests in the place of an answer" in " ".join(so8t(*evaluate, "--answers")[1].split())
 
 
 def test_aliases_are_read(so8t, finished_run, tmp_path):
@@ -238,6 +276,12 @@ def test_the_data_are_never_overwritten(so8t, finished_run, data, tmp_path):
         fails(so8t("evaluate", finished_run, "--data", data, "--out", out), "would overwrite the data")
     fails(so8t("evaluate", finished_run, "--data", data, "--out", tmp_path), "is a folder")
     assert data.read_bytes() == before
+
+
+def test_a_place_where_nothing_can_be_written_is_told_before_anything_is_loaded(so8t, data, tmp_path):
+    for out in (data / "x.jsonl", data / "deep" / "x.jsonl", tmp_path / ("x" * 300), Path("/proc/none/x.jsonl")):
+        fails(so8t("evaluate", tmp_path / "no run", "--data", data, "--out", out), "--out ", "nothing can be written in")
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_missing_data_and_missing_runs_are_told(so8t, finished_run, data, tmp_path):

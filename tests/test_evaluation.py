@@ -1,5 +1,6 @@
 """An evaluation: predictions in the order of the file, figures by source, and what a score has to beat beside it."""
 
+import itertools
 import json
 import math
 import re
@@ -14,14 +15,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import binom
 
+from so8t.adapter import Agent
 from so8t.base import SplitBase
 from so8t.baselines import Baselines
+from so8t.conversation import with_answer
 from so8t.data.cache import PrefixCache
 from so8t.data.records import Record
 from so8t.data.store import CacheSpec, PrefixStore
 from so8t.data.tokenise import Template
 from so8t.evaluation import (
     Predictions,
+    along_answers,
     evaluate,
     frozen_features,
     predict,
@@ -31,6 +35,7 @@ from so8t.evaluation import (
 from so8t.gates import GateSpec
 from so8t.labels import LABELS, Label
 from so8t.model import HeadSpec, SO8TModel
+from so8t.streaming import answered, stream
 from tests.test_gates import turned
 
 # lengths go up and down, so that sorting by length shuffles them
@@ -156,6 +161,64 @@ def test_written_predictions_follow_the_file_and_every_line_parses(tmp_path, mod
         assert list(row["probabilities"].values()) == pytest.approx(predictions.probabilities[i].tolist(), abs=1e-6)
         assert ("failure" in row) == (i == 2)
         assert row.get("context") == records[i].context
+
+
+# -- along answers -----------------------------------------------------------------------------------------------------
+
+OPENER = Record("bake", Label.ALLOW, task_output="Knead the dough well.")
+ANSWERED = [
+    OPENER,
+    replace(OPENER, user_request="sort a list", task_output="sorted(them)"),
+    Record("poison", Label.REFUSE),
+    Record("wire all the money now", Label.ESCALATE, context="a bank"),
+    replace(OPENER, user_request="too long", task_output="x" * 200),
+]
+
+
+def test_along_answers_decisions_are_those_on_the_answers_tokens_alone(model, template, tmp_path):
+    found = along_answers(model, ANSWERED, template, batch_size=3, cache=PrefixCache(model.base))
+    assert (found["allow_rows"], found["risky_rows"], found["left_out"]) == (2, 2, 1)
+    agent, read = Agent(model, template, tmp_path), {}
+    for row in answered(ANSWERED)[:2] + answered(ANSWERED)[3:]:
+        text = with_answer(row.user_request, row.task_output)
+        decided = [token.label for token in stream(agent, text, row.context)]
+        read[row.task_output] = decided[-len(row.task_output) :]  # one byte a token
+    allow, risky = ([read[text] for text in texts] for texts in (list(read)[:2], list(read)[2:]))
+
+    def alarms(decided):
+        return sum(now != Label.ALLOW and before == Label.ALLOW for before, now in zip([Label.ALLOW, *decided], decided))  # noqa: B905
+
+    assert found["false_alarms_per_1000_tokens"] == pytest.approx(1000 * sum(map(alarms, allow)) / sum(map(len, allow)))
+    assert sum(map(alarms, allow)) > 0
+    changes = [sum(a != b for a, b in itertools.pairwise(decided)) for decided in allow]
+    assert found["decision_changes"] == pytest.approx(sum(changes) / 2)
+    detected = [decided for decided in risky if decided[-1] != Label.ALLOW]
+    assert found["detected"] == len(detected) / 2
+    since = [max([k for k, label in enumerate(decided) if label == Label.ALLOW], default=-1) + 2 for decided in detected]
+    assert found["time_to_detection"] == pytest.approx(sum(since) / len(since) if since else math.nan, nan_ok=True)
+
+
+def test_without_answers_and_harmless_requests_there_is_nothing_to_measure_along_them(model, template):
+    found = along_answers(model, [Record("poison", Label.REFUSE)], template, batch_size=3, cache=PrefixCache(model.base))
+    assert (found["allow_rows"], found["risky_rows"], found["left_out"]) == (0, 0, 0)
+    assert all(math.isnan(found[name]) for name in ("detected", "false_alarms_per_1000_tokens", "decision_changes"))
+
+
+def test_figures_along_answers_are_told_and_printed_only_where_they_were_asked_for():
+    result = evaluate("set", SIX, by_hand(SCORES), None, None)
+    assert "answers" not in result.as_json()
+    assert "along an answer" not in printed(result)
+    figures = {"allow_rows": 0.0, "risky_rows": 7.0, "left_out": 2.0, "decision_changes": math.nan}
+    result.answers = figures | {
+        "detected": 0.5, "time_to_detection": 3.25, "false_alarms_per_1000_tokens": math.nan
+    }  # fmt: skip
+    assert result.as_json()["answers"] == figures | {
+        "decision_changes": None, "detected": 0.5, "time_to_detection": 3.25, "false_alarms_per_1000_tokens": None
+    }  # fmt: skip
+    text = printed(result, width=500)
+    assert "0 ALLOW rows with their own, - false alarms per 1,000 tokens, - changes a row" in text
+    assert "7 risky requests in the place of an answer, 0.500 detected by its end, after 3.2 tokens" in text
+    assert "2 too long to be read whole are left out" in text
 
 
 # -- features of the frozen base ---------------------------------------------------------------------------------------
@@ -333,6 +396,24 @@ def test_a_group_has_intervals_from_twenty_rows_up_each_over_the_rows_that_it_is
     assert set(small.values()) == {None}
     assert everything["false_allow_rate"][1] - everything["false_allow_rate"][0] < high - low, "44 rows tell more than 25"
     assert "0.200 [0.07, 0.41]" in printed(result)
+
+
+def test_every_classifier_has_intervals_of_its_scores_over_the_rows_that_did_not_fail():
+    rng = np.random.default_rng(0)
+    labels = [Label(i % 3) for i in range(150)]
+    records = [Record(f"r{i}", label, source="a") for i, label in enumerate(labels)]
+    probabilities = rng.dirichlet([1, 1, 1], 150)
+    probabilities[np.arange(150), labels] += 0.5
+    probabilities /= probabilities.sum(1, keepdims=True)
+    kept = list(range(1, 150))
+    told = evaluate("set", records, by_hand(probabilities.tolist(), failed={0}), None, None)
+    without = evaluate("set", [records[i] for i in kept], by_hand(probabilities[kept].tolist()), None, None)
+    found = told.as_json()["intervals_95"]["all"]["SO8T"]
+    assert found == without.as_json()["intervals_95"]["all"]["SO8T"]
+    for key in ("macro_f1", "auroc_not_allow", "auprc_not_allow", "aurc", "ece"):
+        low, high = found[key]
+        assert low < told.overall["SO8T"][key] < high, key
+    assert set(told.intervals_95["source"]["a"]) == {"macro_f1", "false_allow_rate", "over_refusal_rate"}
 
 
 def test_no_line_of_an_evaluation_is_wider_than_eighty_columns_or_cut(full):
