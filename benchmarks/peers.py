@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.peers                              times and memory, then quality at equal steps
     .venv/bin/python -m benchmarks.peers --steps 0                    times and memory alone
-    .venv/bin/python -m benchmarks.peers --steps 468 --seeds 0 1 2 --equal-time
+    .venv/bin/python -m benchmarks.peers --steps 234 --seeds 0 1 2 --equal-time
     .venv/bin/python -m benchmarks.peers --shape qwen2.5_7b --steps 0 +hw=rtx3060     on a GPU, random NF4 weights
 
 One run, one machine, the same NF4 base, rows, batches, head and loss for all (no task loss). Every peer takes a step on the
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--batches", type=int, default=24, help="paired steps to time (default 24)")
-    parser.add_argument("--steps", type=int, default=468, help="training steps for quality, of 8 rows; 0 leaves it out")
+    parser.add_argument("--steps", type=int, default=234, help="training steps for quality, of 16 rows; 0 leaves it out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--equal-time", action="store_true", help="quality at equal time, too")
     parser.add_argument("--shape", choices=[*NAMED, "tiny"], help="random NF4 weights of this shape: times and memory alone")

@@ -38,7 +38,7 @@ from so8t.errors import BaseModelError, FetchError
 from so8t.fetch import Wheel, cache_dir, extract_member, offline
 from so8t.placement import placement, quantize_linears, quantized_linear, settle
 from so8t.so8 import block_count
-from so8t.specs import Count, NotNegative, PositiveInt, set_beside, spec
+from so8t.specs import Count, NotNegative, PositiveInt, spec
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ class BaseSpec:
 
     def not_read(self) -> list[str]:
         """Keys that are set and mean nothing for this source: a hub's identity, a random base's shape."""
-        other = {"hub": ("hidden_size", "layers", "seed"), "random": ("model_id", "revision", "trust_remote_code")}
-        unread = other.get(self.source, (*other["hub"], *other["random"]))
-        return set_beside(self, [field.name for field in fields(self) if field.name not in unread])
+        shape, identity = ("hidden_size", "layers", "seed"), ("model_id", "revision", "trust_remote_code")
+        unread = {"hub": shape, "random": identity, "wheel": (*shape, *identity)}[self.source]
+        return [f.name for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
 
 
 def compute_dtype(spec: BaseSpec, device: torch.device) -> torch.dtype:

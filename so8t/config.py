@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from so8t.base import BaseSpec
 from so8t.data.datamodule import DataSpec
@@ -105,8 +105,9 @@ def composition_error(error: Exception) -> ConfigError:
     return ConfigError("configuration: " + " ".join(told.split()))
 
 
-def validate(composed: DictConfig) -> Config:
-    """Turns a composed configuration into specs.
+def validate(composed: DictConfig, *, saved: bool = False) -> Config:
+    """Turns a composed configuration into specs. One that was `saved` by a finished run is read for what it says, and may hold
+    what a new run is refused for.
 
     Raises:
         ConfigError: with every problem on one line.
@@ -120,6 +121,8 @@ def validate(composed: DictConfig) -> Config:
         config = TypeAdapter(Config).validate_python(plain)
     except ValidationError as error:
         raise ConfigError("configuration: " + "; ".join(_explain(e) for e in error.errors()[:6])) from None
+    if saved:
+        return config
     for path, node in [("trainer", config.trainer)] + [
         (f"{group}.{name}", node) for group in ("callbacks", "logger") for name, node in getattr(config, group).items()
     ]:
@@ -161,14 +164,26 @@ def _check_node(path: str, node: Node) -> None:
     if unknown:
         raise ConfigError(f"configuration: {', '.join(f'{path}.{k}' for k in unknown)}: unknown key of {target}")
     for key, value in given.items():
+        _check_value(f"{path}.{key}", value, types.get(key, Any))
+
+
+def _check_value(path: str, value: object, kind: Any) -> None:  # noqa: ANN401  (an annotation)
+    """A plain value is of the type that the signature says; a node in it is a node."""
+    if isinstance(value, dict | list):
         if isinstance(value, dict) and "_target_" in value:
-            _check_node(f"{path}.{key}", value)
-            continue
-        try:
-            TypeAdapter(types.get(key, Any), config=_ANY_CLASS).validate_python(value)
-        except ValidationError as error:
-            why = error.errors()[0]["msg"]
-            raise ConfigError(f"configuration: {path}.{key}={value!r:.60}: {why}") from None
+            _check_node(path, value)
+            return
+        for place, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_value(f"{path}.{place}", inner, Any)
+        return
+    try:
+        taken = TypeAdapter(kind, config=_ANY_CLASS).validate_python(value)
+    except PydanticUserError:  # a type that pydantic has a schema of its own for
+        return
+    except ValidationError as error:
+        raise ConfigError(f"configuration: {path}={value!r:.60}: {error.errors()[0]['msg']}") from None
+    if isinstance(value, str) and isinstance(taken, bool | int | float):
+        raise ConfigError(f"configuration: {path}={value!r:.60}: a text, where a number is wanted: leave the quotes out")
 
 
 _ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
@@ -181,9 +196,11 @@ def _signature(cls: Any) -> dict[str, Any]:  # noqa: ANN401  (a class or a funct
         parameters = inspect.signature(kind).parameters if kind is not object else {}
         try:
             hints = typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind, include_extras=True)
-        except (NameError, TypeError):  # annotations that exist for type checkers alone
+        except (NameError, TypeError, AttributeError):  # annotations that exist for type checkers alone
             hints = {}
-        types = {key: hints.get(key, Any) for key in parameters} | types
+        for key, parameter in parameters.items():
+            hint = hints.get(key, Any)
+            types.setdefault(key, hint | None if parameter.default is None else hint)
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             break
     return types
@@ -232,11 +249,14 @@ def _check_together(config: Config) -> None:
     if not data.sources:
         problems.append("data.sources is empty: nothing to train on")
     if data.path is not None and all(source.path != data.path for source in data.sources.values()):
-        problems.append(f"data.path={data.path} is read by data=jsonl alone: add data=jsonl")
+        problems.append(f"data.path={data.path} is read by no source: add data=jsonl")
     for name, source in data.sources.items():
         if source.weight and source.kind == "file" and not source.path:
             problems.append(f"data.sources.{name}.path is not set: name the JSONL file, such as data=jsonl data.path=FILE")
-        problems += [f"data.sources.{name}.{key} means nothing with kind={source.kind}" for key in source.not_read()]
+        if source.weight and source.kind in ("starter", "wheel") and source.path:
+            problems.append(
+                f"data.sources.{name}.path means nothing with kind={source.kind}: add data.sources.{name}.kind=file"
+            )
     if config.hw is not None and config.hw.memory_budget_gib > config.hw.memory_gib:
         problems.append(
             f"hw.memory_budget_gib={config.hw.memory_budget_gib:g} is more than hw.memory_gib={config.hw.memory_gib:g}"
@@ -249,6 +269,8 @@ def _check_together(config: Config) -> None:
         problems.append(f"objective={config.objective} is no metric: val/macro_f1, or test/... or unseen/... of an evaluation")
     elif part in ("test", "unseen") and not config.evaluate:
         problems.append(f"objective={config.objective} needs evaluate=true")
+    elif part == "unseen" and not data.holdout_sources:
+        problems.append(f"objective={config.objective} needs data.holdout_sources")
     if config.base.source == "random" and config.base.hidden_size % 8:
         problems.append(f"base.hidden_size={config.base.hidden_size} is not a multiple of 8")
     if problems:

@@ -169,8 +169,16 @@ class InteriorGate(nn.Module):
         return y if self.cmd is None else self.cmd(y)
 
 
-def _projection(base: SplitBase, layer: int, site: str) -> nn.Module | None:
-    return getattr(getattr(base.decoder.layers[layer], _PARENT[site], None), site, None)
+def _projection(base: SplitBase, layer: int, site: str) -> nn.Module:
+    try:
+        projection = getattr(getattr(base.decoder.layers[layer], _PARENT[site]), site)
+    except AttributeError:
+        raise BaseModelError(
+            f"{base.spec.name}: layer {layer} has no {_PARENT[site]}.{site} to put a gate behind (experts have none of their "
+            "own): leave it out of gate.sites, or set gate.interior=none"
+        ) from None
+    assert isinstance(projection, nn.Module)
+    return projection
 
 
 class GateSet(nn.Module):
@@ -197,11 +205,7 @@ class GateSet(nn.Module):
         if spec.interior != "none":
             for layer in range(base.depth - spec.top_layers, base.depth):
                 for site in spec.sites:
-                    if _projection(base, layer, site) is None:
-                        raise BaseModelError(
-                            f"{base.spec.name}: layer {layer} has no {_PARENT[site]}.{site} to put a gate behind (a mixture of "
-                            "experts has none): choose gate.sites=[o_proj], or gate.interior=none"
-                        )
+                    _projection(base, layer, site)  # or it is told that there is none
                     self.interior[f"{layer}_{site}"] = InteriorGate(base.hidden_size, spec)
         kind = TrialityGate if spec.triality else NonCommutativeGate
         self.last = kind(base.hidden_size, spec) if spec.last else None
@@ -215,7 +219,6 @@ class GateSet(nn.Module):
         for name, gate in self.interior.items():
             layer, site = name.split("_", 1)
             module = _projection(base, int(layer), site)
-            assert module is not None
             self._handles.append(module.register_forward_hook(lambda _m, _i, out, gate=gate: gate(out)))
         self.attached = True
 

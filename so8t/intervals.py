@@ -26,7 +26,7 @@ def rate_interval(hits: int, rows: int) -> Interval | None:
     return float(interval.low), float(interval.high)
 
 
-def row_weights(rows: int, *, draws: int = 1000, seed: int = 0) -> Iterator[Floats]:
+def bootstrap_counts(rows: int, *, draws: int = 1000, seed: int = 0) -> Iterator[Floats]:
     """How often each row comes when as many are drawn with replacement (Efron 1979): `[block, rows]`, `draws` in all.
 
     The same rows are drawn whatever is measured on them, so that the difference between two classifiers is paired.
@@ -42,7 +42,7 @@ def resampled(labels: Sequence[int], decisions: Sequence[int], *, draws: int = 1
     """Confusion matrices `[draws, 3, 3]`, labels by decisions, of rows drawn with replacement."""
     n = len(LABELS)
     of_cell = np.eye(n * n)[np.asarray(labels) * n + np.asarray(decisions)]
-    counts = [weights @ of_cell for weights in row_weights(len(labels), draws=draws, seed=seed)]
+    counts = [weights @ of_cell for weights in bootstrap_counts(len(labels), draws=draws, seed=seed)]
     return np.concatenate(counts).astype(np.int64).reshape(draws, n, n)
 
 
@@ -87,7 +87,7 @@ def score_intervals(probabilities: Floats, labels: Integers) -> dict[str, Interv
     kinds, rows = min(risky, len(labels) - risky), len(labels)
     least = {"auroc_not_allow": kinds, "auprc_not_allow": kinds, "aurc": rows, "ece": rows}
     told = [key for key, count in least.items() if count >= ENOUGH]
-    draws = [scores_drawn(probabilities, labels, weights) for weights in row_weights(rows)] if told else []
+    draws = [scores_drawn(probabilities, labels, weights) for weights in bootstrap_counts(rows)] if told else []
     return {key: interval_95(np.concatenate([block[key] for block in draws])) if key in told else None for key in least}
 
 

@@ -11,14 +11,16 @@ from so8t.errors import ArtefactError
 
 log = logging.getLogger(__name__)
 
-_OF_BASE = [f"base.{key}" for key in ("name", "source", "quantization", "double_quantization", "hidden_size", "layers", "seed")]
-_PROMPTS = ("data.decision_prompt", "data.system_prompt")
+_BASE = [f"base.{key}" for key in ("name", "source", "quantization", "double_quantization", "hidden_size", "layers", "seed")]
+_GATE = [f"gate.{key}" for key in ("interior", "last", "top_layers", "sites", "blocks", "map", "triality")]
+_HEAD = [f"head.{key}" for key in ("reads", "pooling", "standardise", "words", "commutator")]
+_PROMPTS = ["data.decision_prompt", "data.system_prompt"]
 _ABSENT = object()
 
 
 def find_checkpoint(asked: str | None, run: Path) -> Path | None:
-    """`ckpt_path`: a file, a run's folder, or `last` for the newest checkpoint of this run or of the runs beside it. A job of a
-    sweep goes on from the job of its number in an earlier sweep, never from a neighbour.
+    """`ckpt_path`: a file, a folder for the newest checkpoint in it, or `last` for the newest of this run or of the runs beside
+    it. A job of a sweep goes on from the job of its number in an earlier sweep, never from a neighbour.
 
     Raises:
         ArtefactError: there is none, or it is no checkpoint.
@@ -27,24 +29,28 @@ def find_checkpoint(asked: str | None, run: Path) -> Path | None:
         return None
     if asked == "last":
         root = next((parent for parent in run.parents if parent.name in ("outputs", "multirun")), run)
-        found = sorted(root.rglob("checkpoints/*.ckpt"), key=lambda p: (p.stat().st_mtime, p.name))
-        if root.name == "multirun":
-            found = [path for path in found if path.parents[1].name == run.name]
-        if not found:
-            raise ArtefactError(f"ckpt_path=last: no checkpoint under {root}: train first, or give the file")
-        log.info("continuing from %s", found[-1])
-        return found[-1]
-    path = Path(asked)
-    if path.is_dir():
-        return find_checkpoint("last", path)
-    if not path.is_file():
-        raise ArtefactError(f"ckpt_path={asked}: no such file")
+        path = _newest(root, asked, job=run.name if run.name.isdigit() else None)
+    else:
+        path = Path(asked).absolute()
+        if path.is_dir():
+            path = _newest(path, asked)
+        elif not path.is_file():
+            raise ArtefactError(f"ckpt_path={asked}: no such file")
     try:
         known = "state_dict" in torch.load(path, map_location="meta", weights_only=True)
     except (RuntimeError, ValueError, TypeError, EOFError, UnpicklingError):
         known = False
     if not known:
-        raise ArtefactError(f"ckpt_path={asked}: this is no checkpoint of a training run")
+        raise ArtefactError(f"ckpt_path={asked}: {path} is no checkpoint of a training run, or not whole")
+    return path
+
+
+def _newest(root: Path, asked: str, job: str | None = None) -> Path:
+    found = [path for path in root.rglob("checkpoints/*.ckpt") if job in (None, path.parents[1].name)]
+    if not found:
+        raise ArtefactError(f"ckpt_path={asked}: no checkpoint under {root}: train first, or give the file")
+    path = max(found, key=lambda p: (p.stat().st_mtime, p.name))
+    log.info("continuing from %s", path)
     return path
 
 
@@ -61,11 +67,7 @@ def check_continues(checkpoint: Path, composed: DictConfig) -> None:
     before = OmegaConf.load(file)
     other = [
         key
-        for key in (
-            *_OF_BASE,
-            *(f"{part}.{key}" for part in ("gate", "head") for key in OmegaConf.select(before, part) or ()),
-            *_PROMPTS,
-        )
+        for key in (*_BASE, *_GATE, *_HEAD, *_PROMPTS)
         if OmegaConf.select(before, key, default=_ABSENT) not in (_ABSENT, OmegaConf.select(composed, key))
     ]
     if other:

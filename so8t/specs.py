@@ -4,14 +4,10 @@ Lower rooms declare what they can be told; `so8t.config` validates it once at th
 """
 
 import math
-from collections.abc import Collection
-from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, TypeVar, dataclass_transform
+from dataclasses import dataclass
+from typing import Annotated, TypeVar, dataclass_transform
 
 from annotated_types import Ge, Interval
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -29,9 +25,3 @@ def spec(cls: type[T]) -> type[T]:
     made = dataclass(frozen=True)(cls)
     made.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
     return made
-
-
-def set_beside(told: "DataclassInstance", read: Collection[str]) -> list[str]:
-    """Keys of a spec that say something else than their default though they are not among those `read`."""
-    untouched = {f.name for f in fields(told) if f.default is MISSING or getattr(told, f.name) == f.default}
-    return [f.name for f in fields(told) if f.name not in untouched | set(read)]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from so8t.adapter import MOST_WINDOWS, Agent
 from so8t.conversation import with_answer
-from so8t.data.framing import SHORT
+from so8t.data.framing import openers
 from so8t.data.records import Record
 from so8t.data.tokenise import Encoded, Template
 from so8t.labels import Label
@@ -94,7 +94,7 @@ def streams(
     has one. `prefix`: of a cache, in the place of the model's own."""
     first, *windows = agent.template.windows(request, context)
     half = agent.template.room // 2 if windows else None
-    whole = windows if len(windows) < MOST_WINDOWS else []
+    whole = windows if 1 + len(windows) <= MOST_WINDOWS else []
     prompts = [(first, half), *((window, None) for window in whole)]
     return [_along_prompt(agent, prompt, cut, prefix or agent.model.prefix) for prompt, cut in prompts]
 
@@ -151,15 +151,12 @@ def answered(rows: Sequence[Record]) -> list[Record]:
     any other as if it were the answer to a short ALLOW row's request in its language; the same for the same rows. Those with
     neither are not among them."""
     draw = random.Random("answers")  # noqa: S311  (a string seeds the same way in every process)
-    openers: dict[str | None, list[str]] = {}
-    for row in rows:
-        if row.safety_label is Label.ALLOW and row.context is None and len(row.user_request) <= SHORT:
-            openers.setdefault(row.language, []).append(row.user_request)
+    short = openers(rows)
     own = [row for row in rows if row.safety_label is Label.ALLOW and (row.task_output or "").strip()]
     return own + [
-        replace(row, user_request=draw.choice(openers[row.language]), task_output=row.user_request)
+        replace(row, user_request=draw.choice(short[row.language]), task_output=row.user_request)
         for row in rows
-        if row.safety_label is not Label.ALLOW and row.language in openers
+        if row.safety_label is not Label.ALLOW and row.language in short
     ]
 
 

@@ -5,18 +5,17 @@ import json
 import logging
 import math
 import os
-from base64 import b64decode
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -113,6 +112,8 @@ def train(composed: DictConfig) -> dict[str, float]:
             metrics |= evaluate_run(module, data, config, console, loggers, last_states)
         draw(run, callbacks)
         log_panels(loggers, run)
+        if config.objective not in metrics:
+            log.warning("objective=%s: no such figure was measured", config.objective)
         write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})
         console.print(f'\nrun folder: [bold]{run}[/]   ask it: [bold]so8t ask {run} "how do I kill a python process?"[/]')
     module.cache.flush()
@@ -129,13 +130,16 @@ def made(config: Config) -> tuple[list[L.Callback], list[Logger], L.Trainer]:
     Raises:
         ConfigError: they do.
     """
-    try:
-        callbacks: list[L.Callback] = [instantiate(node) for node in config.callbacks.values()]
-        loggers: list[Logger] = [instantiate(node) for node in config.logger.values()]
-        return callbacks, loggers, instantiate(config.trainer, callbacks=callbacks, logger=loggers)
-    except (InstantiationException, MisconfigurationException, ValueError, TypeError) as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"configuration: {' '.join(str(cause).split())}") from None
+
+    def node(path: str, settings: dict[str, Any], **more: object) -> Any:  # noqa: ANN401  (whatever the node makes)
+        try:
+            return instantiate(settings, **more)
+        except InstantiationException as error:
+            raise ConfigError(f"configuration: {path}: {' '.join(str(error.__cause__ or error).split())}") from None
+
+    callbacks = [node(f"callbacks.{name}", settings) for name, settings in config.callbacks.items()]
+    loggers = [node(f"logger.{name}", settings) for name, settings in config.logger.items()]
+    return callbacks, loggers, node("trainer", config.trainer, callbacks=callbacks, logger=loggers)
 
 
 def check_objective(objective: str, validated: Mapping[str, object]) -> None:
@@ -204,7 +208,7 @@ def data_of(run: Path) -> SafetyData:
     saved = OmegaConf.load(path)
     if not isinstance(saved, DictConfig):
         raise ArtefactError(f"{path}: not a run's configuration: name rows with --data")
-    return load_data(validate(saved))
+    return load_data(validate(saved, saved=True))
 
 
 def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule) -> SO8TModule:
@@ -350,7 +354,7 @@ def log_panels(loggers: list[Logger], run: Path) -> None:
     """The pictures and tables of `so8t report`, to Weights & Biases; the tables of whole requests stay on this machine."""
     takers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
     for panel in panels(read_run(run)) if takers else []:
-        pictures = [Image.open(BytesIO(b64decode(picture.base64))) for picture in panel.pictures]
+        pictures = [Image.open(BytesIO(picture.png)) for picture in panel.pictures]
         for logger in takers:
             if pictures:
                 captions = [picture.alt for picture in panel.pictures]

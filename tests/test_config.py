@@ -283,7 +283,7 @@ WRONG = {
     "loss.safety_weight=inf": r"loss\.safety_weight=inf",
     "loss.class_weights=[0,0,0]": r"loss\.class_weights are all 0",
     "data.train_labels=[]": r"data\.train_labels",
-    "data.path=mine.jsonl": r"data\.path=mine\.jsonl is read by data=jsonl alone",
+    "data.path=mine.jsonl": r"data\.path=mine\.jsonl is read by no source: add data=jsonl",
     "data=jsonl": r"data\.sources\.file\.path is not set",
     "+data.sources.starter.path=mine.jsonl": r"data\.sources\.starter\.path means nothing with kind=starter",
     "+base.model_id=mine": r"base\.model_id means nothing with base\.source=random",
@@ -299,6 +299,8 @@ WRONG = {
     "callbacks.best.false_allow_ceiling=lots": r"callbacks\.best\.false_allow_ceiling='lots'",
     "callbacks.by_minutes.train_time_interval.minutes=abc": r"callbacks\.by_minutes\.train_time_interval: datetime\.timedelta",
     "+callbacks.by_minutes.train_time_interval.minuts=3": r"callbacks\.by_minutes\.train_time_interval: .*minuts",
+    "callbacks.guard.tolerance='0.2'": r"callbacks\.guard\.tolerance='0\.2': a text, where a number is wanted",
+    "+trainer.plugins=[{_target_:so8t.gone.Plugin}]": r"trainer\.plugins\.0\._target_: there is no so8t\.gone\.Plugin",
     "objective=macro_f1": r"objective=macro_f1 is no metric",
 }
 
@@ -317,6 +319,21 @@ def test_what_cannot_work_is_one_line_before_anything_is_loaded(make_config, mon
     assert not (tmp_path / "run").exists(), "nothing was written"
 
 
+def test_values_that_lightning_takes_are_taken(make_config):
+    theme = "{_target_:lightning.pytorch.callbacks.progress.rich_progress.RichProgressBarTheme}"
+    more = ["+trainer.precision=bf16-mixed", "trainer.devices=auto", "trainer.limit_train_batches=3", "+trainer.max_time=null"]
+    for values in (more, ["trainer.devices=[0]", "+callbacks.progress.leave=true", "+callbacks.progress.theme=null"],
+                   [f"+callbacks.progress.theme={theme}"], ["debug=overfit", "optim=seed"]):  # fmt: skip
+        validate(make_config("base=tiny", *values))
+
+
+def test_what_a_finished_run_says_is_read_though_a_new_one_would_be_refused(make_config):
+    config = make_config("data=starter", "data.path=mine.jsonl", "objective=once", "callbacks.guard.action=gone")
+    with pytest.raises(ConfigError):
+        validate(config)
+    assert validate(config, saved=True).data.path == "mine.jsonl"
+
+
 @pytest.mark.parametrize(
     ("together", "told"),
     [
@@ -331,6 +348,7 @@ def test_what_cannot_work_is_one_line_before_anything_is_loaded(make_config, mon
         (("data=starter", "~data.sources.starter"), r"data\.sources is empty"),
         (("head.reads=[]",), r"head\.reads is empty"),
         (("objective=test/macro_f1", "evaluate=false"), r"objective=test/macro_f1 needs evaluate=true"),
+        (("objective=unseen/macro_f1", "data.holdout_sources=[]"), r"objective=unseen/macro_f1 needs data\.holdout_sources"),
         (("base=smollm2_135m", "+base.layers=3"), r"base\.layers means nothing with base\.source=wheel"),
         (("+hw=rtx3060", "hw.memory_budget_gib=13"), r"hw\.memory_budget_gib=13 is more than hw\.memory_gib=12"),
     ],

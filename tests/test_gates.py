@@ -230,6 +230,6 @@ def test_later_tokens_do_not_change_earlier_logits(tiny_base):
 
 def test_a_layer_without_the_projection_that_a_gate_wants_is_told(tiny_base):
     del tiny_base.decoder.layers[-1].mlp.down_proj  # as in a mixture of experts
-    with pytest.raises(BaseModelError, match=r"layer 3 has no mlp\.down_proj.*choose gate\.sites=\[o_proj\]"):
+    with pytest.raises(BaseModelError, match=r"layer 3 has no mlp\.down_proj.*leave it out of gate\.sites"):
         GateSet(GateSpec(top_layers=2), tiny_base)
     assert len(GateSet(GateSpec(top_layers=2, sites=("o_proj",)), tiny_base).interior) == 2

@@ -403,12 +403,12 @@ def test_twins_of_training_rows_are_left_out_of_files_too(tmp_path):
     taught = {r.group for r in [*data.train, *data.val]}
     assert [r.group for r in data.test] == [row["group"] for row in rows[31::2]]
     assert taught.isdisjoint(r.group for r in data.test)
-    assert data.skipped == {"test (near-duplicates or twins of training and validation rows)": 15}
+    assert data.skipped == {"test (of the same group as training and validation rows)": 15}
 
 
 def test_a_split_that_overlap_has_emptied_says_so(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", synthetic_rows(60))
-    with pytest.raises(DataError, match=r"test split has no rows .*60 left out: test \(near-duplicates or twins"):
+    with pytest.raises(DataError, match=r"test split has no rows .*60 left out: test \(near-duplicates"):
         split(path, val_path=str(write_rows(tmp_path / "val.jsonl", synthetic_rows(9, seed=5))), test_path=str(path))
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from omegaconf import OmegaConf
 
 from so8t.adapter import Agent
 from so8t.base import load_base, stored_tensors
@@ -30,7 +31,7 @@ from so8t.losses import LossTerms
 from so8t.model import HeadSpec, SO8TModel
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
-from so8t.resume import find_checkpoint
+from so8t.resume import check_continues, find_checkpoint
 from tests.conftest import QUICK, ROOT, TINY, composed, synthetic_rows, trained, write_rows
 from tests.spies import PowerCut, Spy, copied
 
@@ -374,7 +375,7 @@ def test_resuming_with_nothing_to_resume_or_other_gates_or_other_labels_is_told(
     with pytest.raises(ArtefactError, match="does not fit"):
         tiny_run(*SHORT, f"ckpt_path={alone}", "gate.interior=none", output_dir=tmp_path / "two")
     (tmp_path / "notes.txt").write_text("no checkpoint")
-    with pytest.raises(ArtefactError, match=r"notes\.txt: this is no checkpoint"):
+    with pytest.raises(ArtefactError, match=r"notes\.txt is no checkpoint"):
         tiny_run(*SHORT, f"ckpt_path={tmp_path}/notes.txt", output_dir=tmp_path / "two")
     checkpoint = torch.load(file, weights_only=True)
     swapped = tmp_path / "swapped.ckpt"
@@ -383,18 +384,35 @@ def test_resuming_with_nothing_to_resume_or_other_gates_or_other_labels_is_told(
         tiny_run(*SHORT, f"ckpt_path={swapped}", output_dir=tmp_path / "three")
 
 
-def test_a_job_of_a_sweep_goes_on_from_the_job_of_its_number_and_from_no_neighbour(tmp_path):
-    def checkpoint(*parts: str) -> Path:
-        file = tmp_path.joinpath("multirun", *parts, "checkpoints", "step-step=1.ckpt")
-        file.parent.mkdir(parents=True)
-        file.touch()
-        return file
+def checkpoint(*parts: object) -> Path:
+    file = Path(*map(str, parts), "checkpoints", "step-step=1.ckpt")
+    file.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}}, file)
+    return file
 
-    first = checkpoint("monday", "1")
-    checkpoint("tuesday", "0")
-    assert find_checkpoint("last", tmp_path / "multirun" / "tuesday" / "1") == first
+
+@pytest.mark.parametrize("kind", ["multirun", "outputs"])
+def test_a_job_of_a_sweep_goes_on_from_the_job_of_its_number_and_from_no_neighbour(tmp_path, kind):
+    first = checkpoint(tmp_path, kind, "monday", 1)
+    checkpoint(tmp_path, kind, "tuesday", 0)
+    assert find_checkpoint("last", tmp_path / kind / "tuesday" / "1") == first
     with pytest.raises(ArtefactError, match="no checkpoint under"):
-        find_checkpoint("last", tmp_path / "multirun" / "tuesday" / "2")
+        find_checkpoint("last", tmp_path / kind / "tuesday" / "2")
+
+
+def test_a_runs_folder_is_that_run_whatever_came_later_and_a_file_needs_no_folder(tmp_path, monkeypatch):
+    first = checkpoint(tmp_path, "outputs", "day", "10-00")
+    second = checkpoint(tmp_path, "outputs", "day", "11-00")
+    run = tmp_path / "outputs" / "day" / "12-00"
+    assert find_checkpoint(str(first.parents[1]), run) == first
+    assert find_checkpoint("last", run) == second
+    monkeypatch.chdir(first.parent)
+    found = find_checkpoint(first.name, run)
+    assert found == first
+    check_continues(found, OmegaConf.create())
+    second.write_bytes(second.read_bytes()[:40])
+    with pytest.raises(ArtefactError, match="no checkpoint of a training run, or not whole"):
+        find_checkpoint("last", run)
 
 
 def test_an_objective_that_no_validation_measures_is_told_before_training(tiny_run):

@@ -1,5 +1,6 @@
 """Checkpoints by step, by minutes, and the best by validation macro-F1 under a false-allow ceiling."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,22 @@ class BestUnderCeiling(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A run that goes on in a folder of its own takes the best so far along; Lightning would forget it there."""
+        best, score = Path(state_dict["best_model_path"]), state_dict["best_model_score"]
+        if self.dirpath is not None and Path(self.dirpath) != best.parent:
+            kept = ""
+            if best.is_file():
+                kept = str(Path(self.dirpath) / best.name)
+                os.makedirs(self.dirpath, exist_ok=True)
+                shutil.copy2(best, f"{kept}.{os.getpid()}")
+                os.replace(f"{kept}.{os.getpid()}", kept)  # never half a file under its name, and several processes may come
+            state_dict = {
+                **state_dict,
+                "dirpath": self.dirpath,
+                "best_model_path": kept,
+                "best_model_score": score if kept else None,
+                "best_k_models": {kept: score} if kept else {},
+                "kth_best_model_path": kept,
+                "kth_value": score if kept else torch.tensor(float("-inf")),
+                "last_model_path": "",
+            }
         super().load_state_dict(state_dict)
-        best = Path(state_dict["best_model_path"] or ".")
-        if self.dirpath is None or Path(self.dirpath) == best.parent or not best.is_file():
-            return
-        kept = Path(self.dirpath) / best.name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(best, kept)
-        score = state_dict["best_model_score"]
-        self.best_model_path = self.kth_best_model_path = str(kept)
-        self.best_model_score = self.kth_value = score
-        self.best_k_models = {str(kept): score}

@@ -43,16 +43,16 @@ class MemoryMonitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last reading, validation included."""
-        self._look(trainer, pl_module)
+        self._look(trainer, pl_module, over=True)
 
-    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, *, over: bool = False) -> None:
         self.peak = peak_gib(pl_module.device)
         for logger in trainer.loggers:
             logger.log_metrics({"memory/peak_gib": self.peak}, step=trainer.global_step)
         if self.budget_gib is not None and self.peak > self.budget_gib and not self._told:
             self._told = True
             what = f"peak memory {self.peak:.2f} GiB is over hw.memory_budget_gib={self.budget_gib:g}"
-            if self.on_exceed == "stop":
+            if self.on_exceed == "stop" and not over:
                 log.error("%s: stopping", what)
                 trainer.should_stop = True
             else:

@@ -104,9 +104,12 @@ def told(label: Label, probabilities: Mapping[str, float]) -> str:
     return f"[bold {COLOURS[label]}]{label.name}[/]   " + "  ".join(f"{k} {v:.3f}" for k, v in probabilities.items())
 
 
-def json_line(part: str, number: int, text: str, label: Label, probabilities: Mapping[str, float], **more: int) -> str:
+def json_line(
+    part: str, number: int, text: str, label: Label, probabilities: Mapping[str, float], prompt: int | None = None
+) -> str:
     """What was decided after a token of the request or of the answer."""
-    line = {"part": part, **more, "token": number, "text": text, "decision": label.name, "probabilities": probabilities}
+    place = {} if prompt is None else {"prompt": prompt}
+    line = {"part": part, **place, "token": number, "text": text, "decision": label.name, "probabilities": probabilities}
     return json.dumps(line, ensure_ascii=False)
 
 
@@ -150,7 +153,8 @@ def show_answer(
         console.print()
         if reply.verdict.label is not Label.ALLOW:
             decided = told(reply.verdict.label, reply.verdict.probabilities)
-            console.print(f"stopped: the answer with token {number}, which is not shown, is {decided}")
+            what = f"the answer with token {number}, which is not shown," if number else "the request, decided again,"
+            console.print(f"stopped: {what} is {decided}")
         if reply.verdict.failed:
             console.print("this is a failure, not a prediction")
     return reply

@@ -98,8 +98,11 @@ def stored_baselines(folder: Path, console: Console) -> Baselines | None:
 
     from so8t.baselines import Baselines
 
+    if not folder.is_dir():
+        console.print("without baselines: the run kept none, it did not evaluate")
+        return None
     try:
         return Baselines.load(folder)
-    except (FileNotFoundError, ValueError, SafetensorError) as error:  # a run that ended early has none, or a torn file
+    except (FileNotFoundError, KeyError, ValueError, SafetensorError) as error:  # a file is gone, or torn
         console.print(f"without baselines: {escape(str(folder))} is not whole: {escape(str(error))}")
         return None

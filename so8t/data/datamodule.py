@@ -20,7 +20,7 @@ from so8t.data.coded import coded
 from so8t.data.framing import framed
 from so8t.data.records import OnBadRow, Record, read_jsonl
 from so8t.data.sources import SourceSpec, load_sources, report_skipped
-from so8t.data.splits import apart_from, split_by_group
+from so8t.data.splits import apart_from, split_by_group, without_twins
 from so8t.data.tokenise import Template, pad_rows
 from so8t.data.weights import row_weights
 from so8t.errors import DataError
@@ -293,7 +293,7 @@ class SafetyData(L.LightningDataModule):
         self.train = framed(self.train, self.spec.framed, seed=self.spec.split_seed) + codes
         for part in ("train", "val", "test"):
             if not getattr(self, part):
-                left_out = "".join(f", {n} left out: {why}" for why, n in self.skipped.items() if why.startswith(part))
+                left_out = "".join(f", {n} left out: {why}" for why, n in self.skipped.items() if why.startswith(f"{part} ("))
                 raise DataError(
                     f"the {part} split has no rows ({len(seen)} in all{left_out}): give more rows or other fractions"
                 )
@@ -310,11 +310,14 @@ class SafetyData(L.LightningDataModule):
         return rows
 
     def _apart(self, part: str, rows: list[Record], others: list[Record], *, same_groups: bool = False) -> list[Record]:
-        kept = apart_from(others, rows, same_groups=same_groups)
-        if leaking := len(rows) - len(kept):
-            where = "training and validation rows" if part != "val" else "training rows"
-            log.warning("%s: %d rows are near-duplicates or twins of %s and are left out", part, leaking, where)
-            self.skipped[f"{part} (near-duplicates or twins of {where})"] = leaking
+        where = "training rows" if part == "val" else "training and validation rows"
+        apart = apart_from(others, rows)
+        kept = without_twins(others, apart, same_groups=same_groups)
+        for what, count in (("near-duplicates", len(rows) - len(apart)), ("of the same group as", len(apart) - len(kept))):
+            if count:
+                why = f"{what} of {where}" if what == "near-duplicates" else f"{what} {where}"
+                log.warning("%s: %d rows are %s and are left out", part, count, why)
+                self.skipped[f"{part} ({why})"] = count
         return kept
 
     def describe(self) -> dict[str, dict[str, int]]:

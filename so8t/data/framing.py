@@ -61,6 +61,15 @@ SHORT = 160
 """Characters of a request that may stand before another one, so that both are read whole."""
 
 
+def openers(rows: Sequence[Record]) -> dict[str | None, list[str]]:
+    """By language, requests of short ALLOW rows, behind which another request, or an answer, can be read."""
+    found: dict[str | None, list[str]] = {}
+    for row in rows:
+        if row.safety_label is Label.ALLOW and row.context is None and len(row.user_request) <= SHORT:
+            found.setdefault(row.language, []).append(row.user_request)
+    return found
+
+
 def framed(rows: Sequence[Record], share: float, *, seed: int) -> list[Record]:
     """The rows in their order, `share` of them in another shape; the same ones for the same seed and rows.
 
@@ -70,11 +79,8 @@ def framed(rows: Sequence[Record], share: float, *, seed: int) -> list[Record]:
     """
     draw = random.Random(f"frames-{seed}")  # noqa: S311  (a string seeds the same way in every process)
     chosen = set(draw.sample(range(len(rows)), round(share * len(rows))))
-    openers: dict[str | None, list[str]] = {}
-    for row in rows:
-        if row.safety_label is Label.ALLOW and row.context is None and len(row.user_request) <= SHORT:
-            openers.setdefault(row.language, []).append(row.user_request)
-    return [_shaped(row, openers.get(row.language, []), draw) if k in chosen else row for k, row in enumerate(rows)]
+    short = openers(rows)
+    return [_shaped(row, short.get(row.language, []), draw) if k in chosen else row for k, row in enumerate(rows)]
 
 
 def _shaped(row: Record, openers: Sequence[str], draw: random.Random) -> Record:

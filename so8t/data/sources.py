@@ -19,7 +19,7 @@ from so8t.errors import DataError, FetchError
 from so8t.fetch import Wheel, read_member
 from so8t.hub import dataset_file
 from so8t.labels import Label
-from so8t.specs import NotNegative, PositiveInt, set_beside, spec
+from so8t.specs import NotNegative, PositiveInt, spec
 
 log = logging.getLogger(__name__)
 
@@ -92,19 +92,6 @@ class SourceSpec:
     language: str | None = None
     languages: dict[str, str] | None = None
     licence: str | None = None
-
-    def not_read(self) -> list[str]:
-        """Keys that are set and mean nothing for this kind."""
-        return set_beside(self, ("kind", "weight", "max_rows", "test_only", *_READ[self.kind]))
-
-
-_READ = {
-    "starter": (),
-    "file": ("path", "language", "licence"),
-    "wheel": ("wheel", "members", "format", "text", "rules", "language", "languages", "licence"),
-    "hub": ("hub", "path", "text", "rules", "language", "languages", "licence"),
-}
-"""What each kind reads beside what all do."""
 
 
 @dataclass(frozen=True)

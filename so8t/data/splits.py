@@ -39,18 +39,23 @@ def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> 
     return pairs
 
 
-def apart_from(others: Sequence[Record], rows: Sequence[Record], *, same_groups: bool = False) -> list[Record]:
-    """The rows whose request is no near-duplicate of one of the others', and which are no twins: their group is not among the
-    groups of the same source, or of any with `same_groups`, for files of one's own, whose sources are called as the files."""
+def apart_from(others: Sequence[Record], rows: Sequence[Record]) -> list[Record]:
+    """The rows whose request is no near-duplicate of one of the others'."""
     edge = len(others)
     pairs = near_duplicates([r.user_request for r in [*others, *rows]])
     leaking = {j - edge for i, j in pairs if i < edge <= j}
+    return [r for k, r in enumerate(rows) if k not in leaking]
 
-    def group(record: Record) -> tuple[str, str] | None:
-        return None if record.group is None else ("" if same_groups else record.source, record.group)
 
-    taken = {group(r) for r in others} - {None}
-    return [r for k, r in enumerate(rows) if k not in leaking and group(r) not in taken]
+def without_twins(others: Sequence[Record], rows: Sequence[Record], *, same_groups: bool = False) -> list[Record]:
+    """The rows whose group none of the others is in. A group's name means something within its source, or everywhere with
+    `same_groups`: for files of one's own, whose sources are called as the files are."""
+
+    def group(record: Record) -> tuple[str, str]:
+        return "" if same_groups else record.source, record.group or ""
+
+    taken = {group(r) for r in others if r.group}
+    return [r for r in rows if group(r) not in taken]
 
 
 def group_ids(records: Sequence[Record]) -> list[int]:
