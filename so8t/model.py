@@ -118,7 +118,6 @@ class SafetyHead(nn.Module):
         super().__init__()
         self.spec = spec
         count = (len(spec.reads) * width + more) * (2 if spec.pooling == "both" else 1)
-        self.dropout = nn.Dropout(spec.dropout)
         self.linear = nn.Linear(count, len(LABELS))
         nn.init.normal_(self.linear.weight, std=0.001 if spec.standardise else 0.01)
         nn.init.zeros_(self.linear.bias)
@@ -152,6 +151,11 @@ class SafetyHead(nn.Module):
             if self.spec.pooling != "token":
                 yield scaled(causal_mean(state, mask))
 
+    def _kept(self, rows: int, width: int) -> Tensor:
+        """Dropout of the same features at every token of a row (Gal and Ghahramani 2016, arXiv:1512.05287): `[B, 1, width]`.
+        Drawn anew for each token it would be noise along the request, and PET would smooth that."""
+        return nn.functional.dropout(self.shift.new_ones(rows, 1, width), self.spec.dropout)
+
     def features_at(self, reads: list[Tensor], mask: Tensor, position: Tensor) -> Tensor:
         """What is shifted and scaled for the linear map at one position a row: list of `[B, T, width]`, `[B, T]` and `[B]` to
         `[B, features]`, float32."""
@@ -165,8 +169,10 @@ class SafetyHead(nn.Module):
         squares, begin = mask.new_zeros(mask.shape, dtype=torch.float32), 0
         for columns in self._columns(reads, mask):
             part = slice(begin, begin := begin + columns.shape[-1])
-            turned = self.dropout((columns - self.shift[part]) * self.scale[part])
-            if not self.training:
+            turned = (columns - self.shift[part]) * self.scale[part]
+            if self.training and self.spec.dropout:
+                turned = turned * self._kept(len(columns), columns.shape[-1])
+            elif not self.training:
                 squares += torch.linalg.vector_norm(turned, dim=-1).square()
             logits = logits + nn.functional.linear(turned, self.linear.weight[:, part])
         return logits, None if self.training else squares / begin

@@ -20,6 +20,7 @@ from so8t.config import validate
 from so8t.data.datamodule import DataSpec, SafetyData
 from so8t.data.records import Record
 from so8t.data.sources import HubSpec, Rule, SourceSpec, load_source, load_sources, sample
+from so8t.data.splits import split_by_group
 from so8t.data.tables import stem
 from so8t.errors import DataError, FetchError
 from so8t.labels import Label
@@ -251,6 +252,15 @@ def test_a_larger_sample_has_the_rows_of_a_smaller_one_and_keeps_their_order(few
     assert len(large) == min(max(few, more), 30)
     assert [r for r in large if r in small] == small
     assert [r for r in records if r in large] == large
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sample_is_split_like_all_rows_are(seed):
+    words = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(1200)]
+    records = sample([Record(word, ALLOW) for word in words], 400, seed)
+    split = split_by_group(records, val=0.1, test=0.15, seed=seed)
+    assert 20 < len(split.val) < 65
+    assert 35 < len(split.test) < 90
 
 
 def test_the_seed_draws_the_sample_and_the_source_says_how_many(tmp_path):

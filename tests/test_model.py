@@ -277,3 +277,12 @@ def test_fresh_gates_leave_what_the_real_base_says_as_it_was(real_base):
         assert "Paris" in said
         assert 0 < (gated - plain).abs().max() < 0.1 * plain.abs().max()
         assert torch.equal(real_base.causal_lm(**tokens).logits, plain)
+
+
+def test_dropout_leaves_out_the_same_features_at_all_tokens_of_a_row():
+    torch.manual_seed(0)
+    head = SafetyHead(64, HeadSpec(reads=("last",), pooling="token", dropout=0.5)).train()
+    state = torch.randn(64).expand(4, 7, 64)  # the same everywhere
+    logits, _ = head([state], torch.ones(4, 7, dtype=torch.long))
+    assert (logits - logits[:, :1]).abs().max() < 1e-6, "along a row"
+    assert len({row[0, 0].item() for row in logits}) == 4, "and others in every row"

@@ -239,8 +239,8 @@ class _Labelled:
 
 def sample(records: list[Record], count: int, seed: int) -> list[Record]:
     """`count` of the records, in their order: those whose hash with the seed is smallest, so that more rows are these and
-    others."""
-    digests = [hashlib.sha256(f"{seed}\0{r.user_request}".encode()).digest() for r in records]
+    others. It is not the hash that deals rows out to the splits: those of the smallest all go to the test."""
+    digests = [hashlib.sha256(f"rows\0{seed}\0{r.user_request}".encode()).digest() for r in records]
     chosen = sorted(sorted(range(len(records)), key=digests.__getitem__)[:count])
     return [records[i] for i in chosen]
 
