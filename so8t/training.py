@@ -251,8 +251,9 @@ def prepare(
     """What is done once before training: the cache is filled, and a new head learns what to shift and scale by, and where to
     begin. On the way `last_states` of the frozen base are kept for the probe beside an evaluation."""
     limit = config.trainer.get("limit_train_batches", 1.0)
-    part = isinstance(limit, int) or limit != 1.0 or config.trainer.get("overfit_batches")  # 1 is one batch, 1.0 all
-    if not part and config.pet.path == "request":  # an epoch takes all training rows, as `fill_cache` sees them
+    part = isinstance(limit, int) or config.trainer.get("overfit_batches")  # some batches, for a try: 1 is one, 1.0 all
+    all_read = not part and (limit == 1.0 or config.head.probe)  # by an epoch, or where the head begins
+    if all_read and config.pet.path == "request":  # as `fill_cache` sees them
         title, size = "frozen prefix of the training rows", config.data.eval_batch_size
         fill_cache(module.model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
     if (config.head.standardise or config.head.probe) and not resumed and config.init_from is None:

@@ -60,6 +60,16 @@ def test_a_source_that_weighs_less_counts_less_where_the_head_begins(prepared):
     assert small < 0.8 * large, "as with a quarter of C"
 
 
+def test_a_run_whose_epoch_takes_a_share_of_the_rows_begins_with_a_probe_of_all_of_them(tiny_run, monkeypatch):
+    seen = []
+    begin = SO8TModule.begin_head
+    monkeypatch.setattr(SO8TModule, "begin_head", lambda self, batches, _: begin(self, seen.extend(batches) or seen))
+    tiny_run("evaluate=false", "trainer.max_epochs=1", f"head.probe={C}", "trainer.limit_train_batches=0.5", f"+{SPY}")
+    rows, stepped = (sum(len(batch.labels) for batch in batches) for batches in (seen, Spy.last.batches))
+    assert len({int(row) for batch in seen for row in batch.rows}) == rows, "each once"
+    assert 0.3 * rows < stepped < 0.6 * rows
+
+
 def test_a_run_on_part_of_the_rows_begins_with_a_probe_of_part_of_them(tiny_run, monkeypatch):
     seen = []
     monkeypatch.setattr("so8t.training.STANDARDISE_ROWS", 40)
