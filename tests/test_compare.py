@@ -267,7 +267,8 @@ def test_every_table_is_whole_within_eighty_columns(made, so8t, monkeypatch):
     runs = [made(f"{k}{seed}", *overrides[:k], seed=seed) for k in (0, 3) for seed in range(2)]
     code, out, _ = so8t("compare", *runs, "--out", runs[0] / "p.png")
     assert code == 0
-    assert max(map(len, out.splitlines())) <= 80
+    lines = [line for line in out.splitlines() if not line.startswith("picture: ")]  # a path is as long as it is
+    assert max(map(len, lines)) <= 80
     assert "…" not in out
     rows = [line.split() for line in out.splitlines() if re.match(r" +2 ", line)]
     assert len(rows) == 7, "the variant, and its figures and differences in three tables each"

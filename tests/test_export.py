@@ -183,8 +183,8 @@ def test_the_real_base_in_nf4_exports_to_the_same_logits_and_decisions(real_base
 def test_a_calibrated_export_decides_the_whole_test_split_as_evaluate_does(so8t, finished_run, tmp_path):
     run, data = tmp_path / "run", finished_run / "test_predictions.jsonl"
     shutil.copytree(finished_run / "adapter", run / "adapter")
-    held_out = write_rows(tmp_path / "held_out.jsonl", synthetic_rows(150, seed=9))
-    assert so8t("calibrate", run, "--data", held_out, "--alpha", "0.2", "--refuse-alpha", "0.2")[0] == 0
+    held_out = write_rows(tmp_path / "held_out.jsonl", synthetic_rows(300, seed=9))
+    assert so8t("calibrate", run, "--data", held_out, "--alpha", "0.03", "--refuse-alpha", "0.1")[0] == 0
     raw, under = ([], [])
     for rows, options in ((raw, ["--uncalibrated"]), (under, [])):
         assert so8t("evaluate", run, "--data", data, "--json", "--out", tmp_path / "out.jsonl", *options)[0] == 0
@@ -198,7 +198,7 @@ def test_a_calibrated_export_decides_the_whole_test_split_as_evaluate_does(so8t,
         assert probabilities == pytest.approx(row["probabilities"], abs=1e-4)
     assert [r["decision"] for r in under] != [r["decision"] for r in raw], "the policy changes decisions of this split"
     assert any(r["decision"] != "ESCALATE" for r in under), "and leaves some"
-    assert "It decides under a policy: false allow alpha 20 %" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "It decides under a policy: false allow alpha 3 %" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_label_that_the_policy_never_gives_is_escalated(exported_tiny):
