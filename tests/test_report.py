@@ -24,6 +24,7 @@ from so8t.errors import ArtefactError
 from so8t.labels import LABELS
 from so8t.memory import Plan, plan
 from so8t.mistakes import MOST
+from so8t.page import Picture, drawn
 from so8t.report import LONGEST, panels, render
 from so8t.run_folder import DataRows, read_run, write_data
 from so8t.streaming import stream
@@ -89,6 +90,22 @@ def planned_once(monkeypatch):
         return PLANS[repr(config)]
 
     monkeypatch.setattr("so8t.memory_panel.plan", remembered)
+
+
+DRAWN: dict[tuple[str, str], Picture] = {}
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    """So are pictures of one name that say the same of what they show: all of a page take two seconds."""
+
+    def remembered(name: str, alt: str, plot, *, wide: bool = False) -> Picture:
+        if (name, alt) not in DRAWN:
+            DRAWN[name, alt] = drawn(name, alt, plot, wide=wide)
+        return DRAWN[name, alt]
+
+    for module in ("report", "memory_panel"):
+        monkeypatch.setattr(f"so8t.{module}.drawn", remembered)
 
 
 @pytest.fixture
