@@ -34,6 +34,8 @@ FORMAT = 2
 REPETITION_PENALTY = 1.1
 """A small base that answers greedily goes round in circles without one."""
 
+OF_HEAD = ("reads", "pooling", "standardise", "words")
+"""Settings of the head under which its numbers mean what they do; of the gates all but where they begin do."""
 MOST_WINDOWS = 64
 """Prompts that a text is read in. With the default room of about 150 tokens these are about 4,700."""
 AT_ONCE = 64
@@ -100,15 +102,23 @@ class Agent:
         """The decisions on requests with their contexts, a row each, of whatever length."""
         return self.read([Reading(request, context) for request, context in requests])
 
+    def windows(self, text: str, context: str | None = None) -> tuple[list[Encoded], bool]:
+        """The prompts that a text is decided in, its beginning and end first; of one that would take more than `MOST_WINDOWS`
+        that one alone, and True."""
+        windows = self.template.windows(text, context)
+        unread = len(windows) > MOST_WINDOWS
+        return (windows[:1] if unread else windows), unread
+
     def read(self, readings: Sequence[Reading]) -> TextDecisions:
         """The decisions on texts, a row each: of several windows the strictest. What several texts begin with is read once."""
         places: dict[tuple[Encoded, bool], int] = {}
         windows_of: list[list[int]] = []
         unread: list[bool] = []
         for r in readings:
-            windows = self.template.windows(r.text, r.context) if r.whole else [self.template.encode(r.text, r.context)]
-            unread.append(len(windows) > MOST_WINDOWS)
-            windows = windows[:1] if unread[-1] else windows
+            windows, too_many = [self.template.encode(r.text, r.context)], False
+            if r.whole:
+                windows, too_many = self.windows(r.text, r.context)
+            unread.append(too_many)
             windows_of.append([places.setdefault((window, r.request), len(places)) for window in windows])
         rows = list(places)
         passes = [self.look(*zip(*rows[k : k + AT_ONCE], strict=True)) for k in range(0, len(rows), AT_ONCE)]
@@ -239,11 +249,10 @@ def adapter_to_start_from(run: Path, gate: GateSpec, head: HeadSpec, template: T
         ArtefactError: as `read_adapter`, or its settings mean another function of the same numbers.
     """
     stored = read_adapter(run)
-    of_head = ("reads", "pooling", "standardise", "words")
-    ours = {**dataclasses.asdict(gate), **{key: getattr(head, key) for key in of_head}}
-    theirs = {**dataclasses.asdict(stored.gate), **{key: getattr(stored.head, key) for key in of_head}}
+    ours = {**dataclasses.asdict(gate), **{key: getattr(head, key) for key in OF_HEAD}}
+    theirs = {**dataclasses.asdict(stored.gate), **{key: getattr(stored.head, key) for key in OF_HEAD}}
     other = [key for key in ours if key != "init_std" and ours[key] != theirs[key]]
-    told = [f"{'head' if key in of_head else 'gate'}.{key}={theirs[key]}" for key in other]
+    told = [f"{'head' if key in OF_HEAD else 'gate'}.{key}={theirs[key]}" for key in other]
     asked, used = (read_behind(t.system_prompt, t.decision_prompt) for t in (template, stored.template))
     if asked != used:
         told.append(f"data.decision_prompt={json.dumps(used)}")

@@ -6,7 +6,8 @@ Every section is the spec of the room that reads it. Unknown keys, wrong types a
 import importlib
 import inspect
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +93,26 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     folder = Path(__file__).parents[1] / "conf"
     if not folder.is_dir():
         raise ConfigError(f"there is no {folder}: run this from a checkout of the repository, where conf/ is")
+    with composition_told(), initialize_config_dir(str(folder), version_base="1.3"):
+        return compose("train", overrides=["paths.output_dir=outputs", *overrides])
+
+
+@contextmanager
+def composition_told() -> Iterator[None]:
+    """What Hydra cannot compose is told in one line.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            return compose("train", overrides=["paths.output_dir=outputs", *overrides])
+        yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise composition_error(error) from None
-
-
-def composition_error(error: Exception) -> ConfigError:
-    """What Hydra cannot compose, in one line."""
-    told = str(error).split("Config search path")[0].split("full_key:")[0]
-    return ConfigError("configuration: " + " ".join(told.split()))
+        told = str(error).split("Config search path")[0].split("full_key:")[0]
+        raise ConfigError("configuration: " + " ".join(told.split())) from None
+    except ValueError as error:
+        if not str(error).startswith("Config group override must be"):  # Hydra's words for GROUP=null
+            raise
+        raise ConfigError("configuration: a group cannot be null: choose one of its options, such as gate=none") from None
 
 
 def validate(composed: DictConfig, *, saved: bool = False) -> Config:
@@ -164,7 +174,7 @@ def _check_node(path: str, node: Node) -> None:
     if unknown:
         raise ConfigError(f"configuration: {', '.join(f'{path}.{k}' for k in unknown)}: unknown key of {target}")
     for key, value in given.items():
-        _check_value(f"{path}.{key}", value, types.get(key, Any))
+        _check_value(f"{path}.{key}", value, types[key])
 
 
 def _check_value(path: str, value: object, kind: Any) -> None:  # noqa: ANN401  (an annotation)

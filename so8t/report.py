@@ -3,7 +3,6 @@
 Every panel takes what it needs from a `RunFolder` and names the files that it misses.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -119,17 +118,7 @@ def _setup(run: RunFolder) -> Panel:
 
 def _rows(data: DataRows) -> list[Table]:
     """Rows by source, part and label, their sums last; and what was left out, where anything was."""
-    counted: dict[str, dict[str, Counter[str]]] = {}
-    for part, counts in data.rows.items():
-        for key, count in counts.items():
-            source, _, label = key.rpartition("/")
-            for name in (source, "all"):
-                counted.setdefault(name, {}).setdefault(part, Counter())[label] += count
-    cells = [
-        [name, *(" / ".join(str(parts[part][label]) for label in LABELS) if part in parts else "-" for part in data.rows)]
-        for name, parts in sorted(counted.items(), key=lambda item: (item[0] == "all", item[0]))
-    ]
-    tables = [Table(f"rows by source ({' / '.join(LABELS)})", ["source", *data.rows], cells)]
+    tables = [Table(f"rows by source ({' / '.join(LABELS)})", ["source", *data.rows], data.by_source())]
     left_out = [[what, str(count)] for what, count in data.skipped.items()] + [[line, "all"] for line in data.missing]
     return [*tables, Table("rows left out", ["of", "rows"], left_out)] if left_out else tables
 

@@ -1,19 +1,22 @@
 """Which checkpoint a run goes on from, and whether it may: `ckpt_path=last`, a run's folder, or a file."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from so8t.adapter import OF_HEAD
 from so8t.errors import ArtefactError
+from so8t.gates import GateSpec
 
 log = logging.getLogger(__name__)
 
 _BASE = [f"base.{key}" for key in ("name", "source", "quantization", "double_quantization", "hidden_size", "layers", "seed")]
-_GATE = [f"gate.{key}" for key in ("interior", "last", "top_layers", "sites", "blocks", "map", "triality")]
-_HEAD = [f"head.{key}" for key in ("reads", "pooling", "standardise", "words", "commutator")]
+_GATE = [f"gate.{field.name}" for field in fields(GateSpec) if field.name != "init_std"]
+_HEAD = [f"head.{key}" for key in (*OF_HEAD, "commutator")]
 _PROMPTS = ["data.decision_prompt", "data.system_prompt"]
 _ABSENT = object()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -89,6 +90,19 @@ class DataRows:
     rows: dict[str, dict[str, int]]
     skipped: dict[str, int]
     missing: list[str]
+
+    def by_source(self) -> list[list[str]]:
+        """A row a source, and all together last: its name, and its ALLOW / ESCALATE / REFUSE rows in each part."""
+        counted: dict[str, dict[str, Counter[str]]] = {}
+        for part, counts in self.rows.items():
+            for key, count in counts.items():
+                source, _, label = key.rpartition("/")
+                for name in (source, "all"):
+                    counted.setdefault(name, {}).setdefault(part, Counter())[label] += count
+        return [
+            [name, *(" / ".join(str(parts[part][label]) for label in LABELS) if part in parts else "-" for part in self.rows)]
+            for name, parts in sorted(counted.items(), key=lambda item: (item[0] == "all", item[0]))
+        ]
 
 
 def write_data(folder: Path, data: DataRows) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from so8t.adapter import MOST_WINDOWS, Agent
+from so8t.adapter import Agent
 from so8t.conversation import with_answer
 from so8t.data.framing import openers
 from so8t.data.records import Record
@@ -92,9 +92,8 @@ def streams(
     """One for each prompt that a request is decided in, the context before it: of a long one its beginning and end, `CUT`
     between them, and behind that all of it in windows that overlap, unless they are too many. By the agent's policy where it
     has one. `prefix`: of a cache, in the place of the model's own."""
-    first, *windows = agent.template.windows(request, context)
-    half = agent.template.room // 2 if windows else None
-    whole = windows if 1 + len(windows) <= MOST_WINDOWS else []
+    (first, *whole), _ = agent.windows(request, context)
+    half = None if agent.template.reads_whole(request, context) else agent.template.room // 2
     prompts = [(first, half), *((window, None) for window in whole)]
     return [_along_prompt(agent, prompt, cut, prefix or agent.model.prefix) for prompt, cut in prompts]
 

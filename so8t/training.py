@@ -78,7 +78,8 @@ def train(composed: DictConfig) -> dict[str, float]:
     torch.set_float32_matmul_precision("high")
 
     data = load_data(config)
-    print_data(data, console)
+    rows = DataRows(data.describe(), data.skipped, data.missing)
+    print_data(rows, console)
 
     run = Path(config.paths.output_dir)
     checkpoint = find_checkpoint(config.ckpt_path, run)
@@ -91,7 +92,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     prepare(module, config, data, resumed=checkpoint is not None, last_states=last_states)
 
     write_text(run / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
-    write_data(run, DataRows(data.describe(), data.skipped, data.missing))
+    write_data(run, rows)
     log_settings(loggers, composed, module)
 
     if checkpoint is None and (config.init_from is not None or config.head.probe):
@@ -383,19 +384,13 @@ def draw(run: Path, callbacks: list[L.Callback]) -> None:
         )
 
 
-def print_data(data: SafetyData, console: Console) -> None:
+def print_data(data: DataRows, console: Console) -> None:
     """Rows by source, label and split, and what was left out."""
     table = Table(title="data: rows by source (ALLOW / ESCALATE / REFUSE)", title_justify="left")
-    parts = ("train", "val", "test", "unseen")
     table.add_column("source")
-    for part in parts:
+    for part in data.rows:
         table.add_column(part, justify="right")
-    sources = sorted({r.source for part in parts for r in getattr(data, part)})
-    for source in [*sources, "all"]:
-        cells = []
-        for part in parts:
-            counts = Counter(int(r.safety_label) for r in getattr(data, part) if source in (r.source, "all"))
-            cells.append(" / ".join(str(counts[k]) for k in range(len(LABELS))) if counts else "-")
+    for source, *cells in data.by_source():
         table.add_row(source, *cells, style="bold" if source == "all" else "")
     console.print(table)
     for line in data.missing:

@@ -185,6 +185,7 @@ def test_offline_without_public_sets_the_starter_is_enough_and_the_rest_is_said_
 
     from so8t.config import validate
     from so8t.data.datamodule import SafetyData
+    from so8t.run_folder import DataRows
     from so8t.training import print_data
     from tests.conftest import composed
 
@@ -193,7 +194,7 @@ def test_offline_without_public_sets_the_starter_is_enough_and_the_rest_is_said_
     data = SafetyData(validate(composed("base=tiny", output_dir=tmp_path)).data, seed=0)
     data.setup()
     assert {r.source for r in data.train} == {"starter", "codes"}
-    print_data(data, Console())
+    print_data(DataRows(data.describe(), data.skipped, data.missing), Console())
     told = " ".join(capsys.readouterr().out.split())
     for source in ("do_not_answer", "harmbench", "advbench", "action_risk", "chat_bench"):
         assert f"source {source} is left out" in told

@@ -1,6 +1,5 @@
 """Checkpoints by step, by minutes, and the best by validation macro-F1 under a false-allow ceiling."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from so8t.callbacks.collapse import SafetyCollapseGuard
+from so8t.files import write_bytes
 from so8t.specs import Fraction
 
 SELECTION = "val/selection"
@@ -50,9 +50,8 @@ class BestUnderCeiling(ModelCheckpoint):
             kept = ""
             if best.is_file():
                 kept = str(Path(self.dirpath) / best.name)
-                os.makedirs(self.dirpath, exist_ok=True)
-                shutil.copy2(best, f"{kept}.{os.getpid()}")
-                os.replace(f"{kept}.{os.getpid()}", kept)  # never half a file under its name, and several processes may come
+                write_bytes(Path(kept), best.read_bytes())
+                shutil.copystat(best, kept)  # it is no newer than it was: `ckpt_path=last` goes by that
             state_dict = {
                 **state_dict,
                 "dirpath": self.dirpath,

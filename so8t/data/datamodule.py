@@ -313,9 +313,12 @@ class SafetyData(L.LightningDataModule):
         where = "training rows" if part == "val" else "training and validation rows"
         apart = apart_from(others, rows)
         kept = without_twins(others, apart, same_groups=same_groups)
-        for what, count in (("near-duplicates", len(rows) - len(apart)), ("of the same group as", len(apart) - len(kept))):
+        reasons = {
+            f"near-duplicates of {where}": len(rows) - len(apart),
+            f"of the same group as {where}": len(apart) - len(kept),
+        }
+        for why, count in reasons.items():
             if count:
-                why = f"{what} of {where}" if what == "near-duplicates" else f"{what} {where}"
                 log.warning("%s: %d rows are %s and are left out", part, count, why)
                 self.skipped[f"{part} ({why})"] = count
         return kept
