@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +15,29 @@ from so8t.errors import SO8TError
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Errors made for people end the program with one line and code 2; set SO8T_TRACEBACK=1 to see where they rose."""
+    """Errors made for people, and what the system does not let one do (write there, a full disk), end the program with one line
+    and code 2; set SO8T_TRACEBACK=1 to see where they rose. A reader who has seen enough, as `head` has, ends it silently."""
     try:
         yield
-    except SO8TError as error:
-        if os.environ.get("SO8T_TRACEBACK"):
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        raise SystemExit(141) from None  # as a shell tells of SIGPIPE
+    except (SO8TError, OSError) as error:
+        if os.environ.get("SO8T_TRACEBACK") or getattr(error, "errno", 0) is None:  # not from the system: a bug
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(told(error))}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")
         raise SystemExit(130) from None
+
+
+def told(error: SO8TError | OSError) -> str:
+    """In one line."""
+    if isinstance(error, SO8TError):
+        return str(error)
+    return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
 
 
 def quieten() -> None:

@@ -20,6 +20,16 @@ def probabilities_of_two() -> tuple[float, float]:
     return 0.78699, 0.10651
 
 
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", synthetic_rows(6, seed=0))
+    command = [sys.executable, "-m", "so8t.cli", "data", "check", str(data), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
 # -- ask ---------------------------------------------------------------------------------------------------------------
 
 

@@ -386,6 +386,14 @@ def test_the_command_prints_the_parts_the_verdict_and_draws_a_picture(so8t_plan,
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_where_no_picture_can_be_written_the_plan_is_told_all_the_same(so8t_plan, tmp_path):
+    (tmp_path / "file").touch()
+    code, out, err = so8t_plan(*CARD, "--plot", tmp_path / "file" / "plan.png")
+    assert code == 2
+    assert "fits:" in out
+    assert " ".join(err.split()) == f"error: {tmp_path / 'file'}: File exists"
+
+
 def test_the_command_speaks_json_to_programs(so8t_plan, tmp_path):
     code, out, _ = so8t_plan(*CARD, "--json")
     assert code == 0

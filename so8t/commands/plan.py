@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> None:
         planned = plan(config)
     with console.status("looking for settings that fit"):
         found = remedies(config, planned)
+    if args.json:
+        print(json.dumps(as_json(planned, found)))
+    else:
+        print_plan(config, planned, found, console)
     picture = args.plot or (None if args.json else Path("outputs/plan.png"))
     if picture is not None:
         plot_plan(config, planned, picture)
-    if args.json:
-        print(json.dumps(as_json(planned, found)))
-        return
-    print_plan(config, planned, found, console)
-    console.print(f"picture: {picture}")
+        console.print(f"picture: {picture}")
