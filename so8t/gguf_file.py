@@ -1,4 +1,5 @@
-"""A plain checkpoint as one GGUF file for llama.cpp, laid out as llama.cpp's own `convert_hf_to_gguf.py` does."""
+"""A plain checkpoint as one GGUF file for llama.cpp, laid out as llama.cpp's own `convert_hf_to_gguf.py` does; and a Llama of
+such a file as a plain model."""
 
 import json
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
 from so8t.errors import ArtefactError
 
@@ -64,6 +66,11 @@ def rotary_order(weight: Tensor, heads: int) -> Tensor:
     """Rows of a q_proj or k_proj in the order of llama.cpp's Llama, which pairs neighbours where transformers pairs halves of
     a head: `[H * d, D] -> [H * d, D]`."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def rotary_halves(weight: Tensor, heads: int) -> Tensor:
+    """The other way round: llama.cpp's order to that of transformers."""
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def stored(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -123,6 +130,47 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         numbers = tensor.to(torch.float32).contiguous().numpy()
         writer.write_tensor_data(gguf.quants.quantize(numbers, stored(numbers.shape, wanted)))
     writer.close()
+
+
+def read_llama(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The Llama in a GGUF file, dequantised. transformers reads one, too, but takes the file apart three times, names each
+    tensor four hundred times, and refuses to save what comes of it."""
+    facts, stored_names = read_gguf_metadata(str(path))
+    config = LlamaConfig(
+        vocab_size=facts["tokenizer.ggml.tokens"],
+        max_position_embeddings=facts["llama.context_length"],
+        hidden_size=facts["llama.embedding_length"],
+        intermediate_size=facts["llama.feed_forward_length"],
+        num_hidden_layers=facts["llama.block_count"],
+        num_attention_heads=facts["llama.attention.head_count"],
+        num_key_value_heads=facts["llama.attention.head_count_kv"],
+        head_dim=facts["llama.rope.dimension_count"],
+        rope_parameters={"rope_type": "default", "rope_theta": facts["llama.rope.freq_base"]},
+        rms_norm_eps=facts["llama.attention.layer_norm_rms_epsilon"],
+        tie_word_embeddings="output.weight" not in stored_names,
+        bos_token_id=facts.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=facts.get("tokenizer.ggml.eos_token_id"),
+        pad_token_id=facts.get("tokenizer.ggml.padding_token_id"),
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    header = GgufHeader.from_file(str(path))
+    kinds, tensors = header.ggml_types, load_gguf_state_dict(header)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    read: dict[str, Tensor] = {}
+    for theirs in model.state_dict():
+        if theirs == "lm_head.weight" and config.tie_word_embeddings:
+            read[theirs] = read["model.embed_tokens.weight"]
+            continue
+        ours = names.get_name(theirs, try_suffixes=(".weight",))
+        raw, kind = tensors[ours][:], GGMLQuantizationType(kinds[ours])
+        tensor = raw if raw.is_floating_point() else torch.from_numpy(gguf.dequantize(raw.numpy(), kind))
+        if theirs.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = rotary_halves(tensor, config.num_attention_heads if "q_proj" in theirs else config.num_key_value_heads)
+        read[theirs] = tensor.to(dtype)
+    model.load_state_dict(read, assign=True)
+    model.tie_weights()
+    return model
 
 
 def _add_tokenizer(

@@ -31,7 +31,7 @@ from so8t.errors import ArtefactError
 from so8t.export import PROBES, export_gguf, export_hf
 from so8t.exported import SafetyHead
 from so8t.gates import GateSpec
-from so8t.gguf_file import check_writable, rotary_order
+from so8t.gguf_file import check_writable, read_llama, rotary_halves, rotary_order
 from so8t.labels import LABELS
 from so8t.model import HeadSpec
 from tests.conftest import TINY
@@ -111,6 +111,24 @@ def test_a_llama_is_read_back_as_the_same_agent(exported):
     check_same(agent, file, plain)
 
 
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_llama_is_read_as_transformers_reads_it(tmp_path, kind, last):
+    agent = make_agent(tmp_path / "run", TINY, GateSpec(last=last, **LARGE))
+    file = tmp_path / "gguf" / "a.gguf"
+    export_gguf(agent, file, kind=kind)
+    ours, theirs = read_llama(file, torch.float32), loaded(file)
+    assert ours.config.tie_word_embeddings is not last, "a last gate gives the output a matrix of its own"
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    of_file = {k: v for k, v in theirs.config.to_dict().items() if v is not None and not k.startswith("_")}
+    unread = {"architectures", "dtype", "quantization_config", "transformers_version", "unk_token_id"}
+    assert {k: v for k, v in ours.config.to_dict().items() if k in of_file.keys() - unread} == {
+        k: v for k, v in of_file.items() if k not in unread
+    }
+
+
 def test_without_a_last_gate_the_output_stays_tied_and_the_agent_the_same(tmp_path):
     agent = make_agent(tmp_path / "run", TINY, GateSpec(last=False, **LARGE))
     export_gguf(agent, tmp_path / "gguf" / "a.gguf")
@@ -164,6 +182,7 @@ def test_rows_that_are_not_whole_blocks_stay_in_float16(tmp_path):
 def test_rotary_pairs_become_neighbours():
     weight = torch.arange(8.0)[:, None].expand(8, 3)  # two heads of four
     assert rotary_order(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(rotary_halves(rotary_order(weight, 2), 2), weight)
 
 
 def test_the_file_tells_what_the_configuration_and_the_tokenizer_tell(exported):
