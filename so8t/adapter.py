@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from so8t.base import BaseSpec, identity, load_base
-from so8t.calibration import Policy, load_policy
 from so8t.conversation import Prompt, Reading
 from so8t.data.cache import PrefixCache
 from so8t.data.tokenise import Encoded, Template, pad_rows, read_behind
@@ -26,6 +25,7 @@ from so8t.files import write_bytes, write_json
 from so8t.gates import GateSpec
 from so8t.labels import FAIL_CLOSED, LABELS, Label
 from so8t.model import Decisions, HeadSpec, SO8TModel
+from so8t.policy import Policy, load_policy
 from so8t.rationale import Rationales, load_rationales, save_rationales
 from so8t.specs import PositiveInt, spec
 

@@ -24,11 +24,11 @@ from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLog
 
 from so8t.adapter import REPETITION_PENALTY, Agent
 from so8t.audit import AuditLog
-from so8t.calibration import adapter_digest
 from so8t.conversation import Exchange, Prompt, Reading, readings, readings_of
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.labels import FAIL_CLOSED, LABELS, Label
+from so8t.policy import adapter_digest
 from so8t.rationale import fault
 
 log = logging.getLogger(__name__)

@@ -2,12 +2,12 @@
 
 import torch
 
-from so8t.calibration import Policy
 from so8t.curves import Floats, Integers, operating_point, reliability
 from so8t.intervals import number
 from so8t.labels import LABELS, Label
 from so8t.model import Decisions
 from so8t.page import Panel, Table
+from so8t.policy import Policy
 from so8t.run_folder import SETS, TENSORS, PredictedRows, RunFolder
 
 

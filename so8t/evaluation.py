@@ -16,7 +16,6 @@ from torch import Tensor
 
 from so8t.base import shared_lead
 from so8t.baselines import Baselines, Floats
-from so8t.calibration import Policy
 from so8t.curves import auprc_not_allow, risk_coverage
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import LengthSampler, RecordDataset
@@ -29,6 +28,7 @@ from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, flicker
 from so8t.mistakes import worst_mistakes
 from so8t.model import Decisions, SO8TModel, at_position
+from so8t.policy import Policy
 from so8t.streaming import Stream, TokenDecision, along, answer_prompt, answered
 
 SHOWN = (

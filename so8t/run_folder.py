@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from so8t.calibration import Policy, load_policy
 from so8t.curves import Floats, Integers
 from so8t.errors import ArtefactError
 from so8t.files import write_json
@@ -22,6 +21,7 @@ from so8t.gates import matrix_angle
 from so8t.intervals import Interval
 from so8t.labels import LABELS, Label
 from so8t.plots import Series, read_metrics
+from so8t.policy import Policy, load_policy
 from so8t.robustness import Wrapped
 from so8t.so8 import MAPS
 from so8t.triality import D_SIGMA_MINUS, D_SIGMA_PLUS, carry

@@ -13,26 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import beta, binom
 
-from so8t.calibration import (
-    GRID,
-    Policy,
-    Target,
-    Threshold,
-    adapter_digest,
-    calibrated,
-    calibration_error,
-    find_threshold,
-    fit_policy,
-    fit_temperature,
-    halves,
-    load_policy,
-    save_policy,
-    upper_bound,
-)
+from so8t.calibration import GRID, Target, calibration_error, find_threshold, fit_policy, fit_temperature, halves, upper_bound
 from so8t.cli import main
 from so8t.errors import ArtefactError, DataError
 from so8t.labels import LABELS, Label
 from so8t.model import decide
+from so8t.policy import Policy, Threshold, adapter_digest, calibrated, load_policy, save_policy
 from tests.conftest import synthetic_rows, write_rows
 
 

@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from so8t.adapter import load_agent
-from so8t.calibration import Policy, Threshold, adapter_digest, calibration_error, save_policy
-from so8t.calibration import calibrated as calibrated_probabilities
+from so8t.calibration import calibration_error
 from so8t.cli import main
 from so8t.config import Config, validate
 from so8t.data.datamodule import DataSpec, SafetyData
@@ -25,6 +24,8 @@ from so8t.labels import LABELS
 from so8t.memory import Plan, plan
 from so8t.mistakes import MOST
 from so8t.page import Picture, drawn
+from so8t.policy import Policy, Threshold, adapter_digest, save_policy
+from so8t.policy import calibrated as calibrated_probabilities
 from so8t.report import LONGEST, panels, render
 from so8t.run_folder import DataRows, read_run, write_data
 from so8t.streaming import stream

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from playwright.sync_api import expect
 
-from so8t.calibration import Policy, Threshold, adapter_digest, save_policy
 from so8t.labels import LABELS
+from so8t.policy import Policy, Threshold, adapter_digest, save_policy
 from so8t.report import panels, render
 from so8t.run_folder import read_run
 from tests.browser import illegible, open_page, sticking_out

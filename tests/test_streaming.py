@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from so8t.adapter import MOST_WINDOWS, load_agent
-from so8t.calibration import Policy, Threshold
 from so8t.cli import main
 from so8t.conversation import with_answer
 from so8t.data.records import Record
 from so8t.data.tokenise import Template
 from so8t.labels import LABELS, Label
+from so8t.policy import Policy, Threshold
 from so8t.streaming import CUT, Stream, along, answer_prompt, answered, pieces, request_tokens, stream, streams
 from tests.ruled import Ruled
 from tests.test_agent import says

@@ -15,9 +15,9 @@ from so8t.commands.types import inside_unit, row_arguments, tell_left_out
 from so8t.labels import LABELS, Label
 
 if TYPE_CHECKING:
-    from so8t.calibration import Policy
     from so8t.data.records import Record
     from so8t.evaluation import Predictions
+    from so8t.policy import Policy
 
 HELP = "make thresholds that keep the false-allow rate under alpha, except with probability delta"
 
@@ -53,9 +53,10 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from so8t.adapter import cache_for, find_adapter, load_agent
-    from so8t.calibration import Target, adapter_digest, fit_policy, halves, save_policy
+    from so8t.calibration import Target, fit_policy, halves
     from so8t.data.records import read_jsonl
     from so8t.evaluation import predict
+    from so8t.policy import adapter_digest, save_policy
     from so8t.training import data_of
 
     console = Console(stderr=args.json, soft_wrap=True)
