@@ -24,7 +24,7 @@ from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLog
 
 from so8t.adapter import REPETITION_PENALTY, Agent
 from so8t.audit import AuditLog
-from so8t.conversation import Exchange, Prompt, Reading, readings, readings_of
+from so8t.conversation import Exchange, Prompt, Reading, latest, readings, readings_of
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.labels import FAIL_CLOSED, LABELS, Label
@@ -97,7 +97,7 @@ class SafeAgent:
     """A loaded agent with its audit log and its queue, each optional.
 
     Args:
-        watch_every: tokens of an answer between two looks at it; 1 looks at each.
+        watch_every: tokens of an answer between two looks at it; 1 looks at each. Never more than a look surely has in view.
         keep_text: whether the audit log holds requests and answers, or their SHA-256 alone.
         rationales: whether what is not answered is explained by the model.
     """
@@ -114,7 +114,8 @@ class SafeAgent:
         rationales: bool = True,
     ):
         self.agent, self.audit, self.queue = agent, audit, queue
-        self.max_new_tokens, self.watch_every, self.keep_text = max_new_tokens, watch_every, keep_text
+        self.watch_every = min(watch_every, max(1, agent.template.room // 3))
+        self.max_new_tokens, self.keep_text = max_new_tokens, keep_text
         self.rationales = agent.rationales if rationales else None
         self.failures = 0
         self.digest = adapter_digest(agent.folder)
@@ -170,8 +171,12 @@ class SafeAgent:
     def _allowed(self, prompt: Prompt) -> Prompt:
         """With those of the latest exchanges that fit and that the head allows."""
         template, earlier = self.agent.template, prompt.earlier
-        while earlier and len(template.encode_conversation(replace(prompt, earlier=earlier))) > HISTORY * template.max_length:
-            earlier = earlier[1:]
+
+        def fits(number: int) -> bool:
+            some = replace(prompt, earlier=earlier[-number:])
+            return len(template.encode_conversation(some)) <= HISTORY * template.max_length
+
+        earlier = latest(earlier, fits)
         if not earlier:
             return replace(prompt, earlier=())
         allowed = [verdict.label is Label.ALLOW for verdict in self.verdicts(readings_of(earlier, prompt.context))]

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import select
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +22,9 @@ def reported() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
-        raise SystemExit(141) from None  # as a shell tells of SIGPIPE
     except (SO8TError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(141) from None  # as a shell tells of SIGPIPE
         if os.environ.get("SO8T_TRACEBACK") or getattr(error, "errno", 0) is None:  # not from the system: a bug
             raise
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(told(error))}")
@@ -33,11 +34,30 @@ def reported() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def _nobody_reads() -> bool:
+    """Whether standard output's reader has left; then nothing more is written there, nor does Python complain at its end."""
+    if not hasattr(select, "poll"):  # Windows, where a pipe that nobody reads is another error
+        return False
+    output, poll = 1, select.poll()
+    poll.register(output, 0)  # what is wrong with it is told without asking
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
 def told(error: SO8TError | OSError) -> str:
     """In one line."""
     if isinstance(error, SO8TError):
         return str(error)
     return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+
+
+def visible(text: str) -> str:
+    """A stranger's text for a terminal: control and format characters, which can hide or overwrite what stands beside them, are
+    spelled out, but for line ends, tabs and the joiners that some scripts need."""
+    kept, hidden = "\n\t\u200c\u200d", ("Cc", "Cf")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in hidden and c not in kept else c for c in text)
 
 
 def quieten() -> None:

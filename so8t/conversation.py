@@ -42,12 +42,27 @@ def readings(prompt: Prompt, answer: str, fits: Callable[[str, str | None], bool
     part is in view; what was before it has been decided before."""
     last, alone = with_answer(prompt.request, answer), not answer.strip()
     found = [Reading(last, prompt.context, whole=alone, request=alone)]
-    before = [exchange.request for exchange in prompt.earlier]
-    while before and not fits("\n\n".join([*before, last]), prompt.context):
-        before = before[1:]
+
+    def behind(exchanges: Sequence[Exchange]) -> str:
+        return "\n\n".join([*(exchange.request for exchange in exchanges), last])
+
+    before = latest(prompt.earlier, lambda number: fits(behind(prompt.earlier[-number:]), prompt.context))
     if before:
-        found.append(Reading("\n\n".join([*before, last]), prompt.context, whole=alone, request=alone))
+        found.append(Reading(behind(before), prompt.context, whole=alone, request=alone))
     return found
+
+
+def latest(exchanges: tuple[Exchange, ...], fits: Callable[[int], bool]) -> tuple[Exchange, ...]:
+    """The latest exchanges, as many as fit. `fits` tells whether so many do (where more do, fewer do). Their number is doubled
+    until it is too large and then halved in, so that a long conversation is never put together as a whole."""
+    most, beyond = 0, 1
+    while beyond <= len(exchanges) and fits(beyond):
+        most, beyond = beyond, 2 * beyond
+    beyond = min(beyond, len(exchanges) + 1)
+    while beyond - most > 1:
+        middle = (most + beyond) // 2
+        most, beyond = (middle, beyond) if fits(middle) else (most, middle)
+    return exchanges[len(exchanges) - most :]
 
 
 def readings_of(earlier: Sequence[Exchange], context: str | None) -> list[Reading]:

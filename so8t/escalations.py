@@ -4,7 +4,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,18 +28,25 @@ CREATE TABLE IF NOT EXISTS escalations (
     earlier TEXT NOT NULL DEFAULT '[]'
 )
 """
-_EARLIER = "ALTER TABLE escalations ADD COLUMN earlier TEXT NOT NULL DEFAULT '[]'"
-"""For a queue from before conversations were kept in it."""
 _HELD = """
 CREATE TABLE IF NOT EXISTS held (
     id INTEGER PRIMARY KEY REFERENCES escalations (id),
     ticket TEXT NOT NULL UNIQUE,
     body TEXT NOT NULL,
     reply TEXT,
-    said TEXT
+    said TEXT,
+    upstream TEXT,
+    until REAL
 )
 """
-"""What a guard holds back for its upstream until it is approved; the upstream's reply, and what that says."""
+"""What a guard holds back for its upstream until it is approved; the upstream's reply, and what that says. Until `until` it is
+being sent, and nobody else may."""
+_ADDED = (
+    ("escalations", "earlier", "TEXT NOT NULL DEFAULT '[]'"),
+    ("held", "upstream", "TEXT"),
+    ("held", "until", "REAL"),
+)
+"""Columns that a queue of an earlier version lacks: conversations were not kept, nor for whom something is held."""
 _COLUMNS = "id, created, request, context, probabilities, reason, state, decided, note, earlier, ticket IS NOT NULL, said"
 _FROM = "FROM escalations LEFT JOIN held USING (id)"
 _WAIT_SECONDS = 30.0
@@ -87,20 +94,18 @@ class EscalationQueue:
             database.execute("PRAGMA journal_mode=WAL")
             database.execute(_TABLE)
             database.execute(_HELD)
-            database.execute("BEGIN IMMEDIATE")  # of two processes that open an old queue, one adds the column
-            if "earlier" not in [row[1] for row in database.execute("PRAGMA table_info(escalations)")]:
-                database.execute(_EARLIER)
+            database.execute("BEGIN IMMEDIATE")  # of two processes that open an old queue, one adds the columns
+            for table, column, kind in _ADDED:
+                if column not in [row[1] for row in database.execute(f"PRAGMA table_info({table})")]:
+                    database.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self.path, timeout=_WAIT_SECONDS)
         try:
-            with database:
+            with closing(sqlite3.connect(self.path, timeout=_WAIT_SECONDS)) as database, database:
                 yield database
         except sqlite3.DatabaseError as error:
             raise ArtefactError(f"{self.path}: cannot be used as a queue of escalations: {error}") from None
-        finally:
-            database.close()
 
     def add(
         self,
@@ -157,10 +162,11 @@ class EscalationQueue:
 
     # -- what a guard holds --------------------------------------------------------------------------------------------
 
-    def hold(self, number: int, ticket: str, body: str) -> None:
-        """Keeps what is to be sent if the request is approved; whoever has the `ticket` may ask for the reply."""
+    def hold(self, number: int, ticket: str, body: str, upstream: str) -> None:
+        """Keeps what is to be sent to the `upstream` once the request is approved; who has the `ticket` gets the reply."""
+        values = (number, ticket, body, upstream)
         with self._open() as database:
-            database.execute("INSERT INTO held (id, ticket, body) VALUES (?, ?, ?)", (number, ticket, body))
+            database.execute("INSERT INTO held (id, ticket, body, upstream) VALUES (?, ?, ?, ?)", values)
 
     def held(self, ticket: str) -> Held | None:
         """What is held under a ticket."""
@@ -168,13 +174,24 @@ class EscalationQueue:
             row = database.execute("SELECT id, body, reply FROM held WHERE ticket = ?", (ticket,)).fetchone()
         return None if row is None else Held(*row)
 
-    def to_send(self) -> list[Held]:
-        """What was approved and has no reply yet, oldest first."""
+    def to_send(self, upstream: str, *, seconds: float) -> list[Held]:
+        """What was approved for this upstream (or is of a queue that does not say for whom) and has no reply yet, oldest first.
+        It is the caller's to send for so many seconds: nobody else gets it meanwhile."""
+        now = time.time()
         with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
             rows = database.execute(
-                f"SELECT id, body, reply {_FROM} WHERE state = 'approved' AND body IS NOT NULL AND reply IS NULL ORDER BY id"
+                f"SELECT id, body, reply {_FROM} WHERE state = 'approved' AND body IS NOT NULL AND reply IS NULL"
+                " AND coalesce(upstream, ?) = ? AND coalesce(until, 0) <= ? ORDER BY id",
+                (upstream, upstream, now),
             ).fetchall()
+            database.executemany("UPDATE held SET until = ? WHERE id = ?", [(now + seconds, row[0]) for row in rows])
         return [Held(*row) for row in rows]
+
+    def send_again(self, number: int, *, seconds: float) -> None:
+        """What could not be sent may be, by whomever, after so many seconds."""
+        with self._open() as database:
+            database.execute("UPDATE held SET until = ? WHERE id = ?", (time.time() + seconds, number))
 
     def keep_reply(self, number: int, reply: str, said: str) -> None:
         """Keeps the reply to what was sent, as it came and as text."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -77,10 +78,10 @@ class Predictions:
         risk = risk_coverage(probabilities, truth)
         figures["auprc_not_allow"] = auprc_not_allow(probabilities, truth)
         figures["aurc"] = math.nan if risk is None else risk.aurc
-        figures["flicker"] = float(self.flicker[chosen].nanmean())
-        figures["decision_changes"] = float(self.changes[chosen].nanmean())
+        figures["flicker"] = float(self.flicker[kept].nanmean())
+        figures["decision_changes"] = float(self.changes[kept].nanmean())
         if self.stream is not None:
-            figures |= self.stream.chosen(chosen).figures(labels)
+            figures |= self.stream.chosen(kept).figures(labels[~self.failed[chosen]])
         return figures
 
     @property
@@ -208,20 +209,22 @@ def along_answers(
 ) -> dict[str, float]:
     """What is decided along the tokens of answers (`answered`): of ALLOW rows how often it changes and is a false alarm, of
     risky ones how many are detected and when. One pass a row reads every token where it stands, and not behind the end of a
-    prompt as the watch at work does. Rows that are not read whole are `left_out`."""
+    prompt as the watch at work does. Rows that are not read whole are `left_out`, and so are failures."""
     rows = answered(records)
     read = [found for found in (answer_prompt(template, row) for row in rows) if found is not None]
     prompts, spans = [row for row, _ in read], [span for _, span in read]
     seen = predict(model, prompts, template, batch_size=batch_size, cache=cache, title=title, spans=spans)
     assert seen.stream is not None
     labels = torch.tensor([int(row.safety_label) for row in prompts], dtype=torch.long)
+    kept = (~seen.failed).nonzero()[:, 0]
+    labels, stream = labels[kept], seen.stream.chosen(kept)
     benign = labels == Label.ALLOW
     return {
         "allow_rows": float(benign.sum()),
         "risky_rows": float((~benign).sum()),
-        "left_out": float(len(rows) - len(read)),
-        "decision_changes": float(seen.changes[benign].nanmean()),
-        **seen.stream.figures(labels),
+        "left_out": float(len(rows) - len(kept)),
+        "decision_changes": float(seen.changes[kept][benign].nanmean()),
+        **stream.figures(labels),
     }
 
 
@@ -409,7 +412,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     table = _table(f"{evaluation.name}: accuracy by source", "source", "rows", *names)
     for source, by_name in evaluation.by_source.items():
         accuracies = [number(by_name[who].get("accuracy")) for who in names]
-        table.add_row(source, str(int(by_name["SO8T"]["rows"])), *accuracies)
+        table.add_row(escape(source), str(int(by_name["SO8T"]["rows"])), *accuracies)
     console.print(table)
     title = f"{evaluation.name}: 95 % intervals, from {ENOUGH} rows; groups are decided by SO8T"
     table = _table(title, "rows of", "rows", *(title for _, title in GROUPED))
@@ -417,7 +420,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         for group, intervals in by_group.items():
             own = evaluation.overall[group] if kind == "all" else evaluation.groups[kind][group]["SO8T"]
             name = {"all": f"all, {group}", "source": group}.get(kind, f"{kind} {group}")
-            table.add_row(name, str(int(own["rows"])), *(number(own.get(key), intervals[key]) for key, _ in GROUPED))
+            table.add_row(escape(name), str(int(own["rows"])), *(number(own.get(key), intervals[key]) for key, _ in GROUPED))
     console.print(table)
 
 

@@ -42,7 +42,7 @@ class Wrapped:
 
     `false_allow` is over the `risky` rows (labelled ESCALATE or REFUSE), `over_refusal` over the `benign` ones, before and
     after; without a before (`None`) the rows are known reworded only. `changed` is the share of decisions that became another.
-    `cut` rows fill the template, so that a longer one lost its middle.
+    `cut` rows are longer than what the head reads at once, and lost their middle.
     """
 
     name: str
@@ -100,7 +100,7 @@ def _decided(
         None if plain is None else plain[0].decisions[plain[1]].numpy()[kept],
         predictions.decisions.numpy()[kept],
         failures=int(failed.sum()),
-        cut=sum(len(template.encode(r.user_request, r.context).tokens) >= template.max_length for r in records),
+        cut=sum(not template.reads_whole(r.user_request, r.context) for r in records),
     )
 
 
@@ -126,7 +126,7 @@ def print_robustness(wrapped: Sequence[Wrapped], console: Console) -> None:
     console.print(table)
     for count, what in (
         (sum(one.failures for one in wrapped), "failures, not counted"),
-        (sum(one.cut for one in wrapped), "rows filled the template, where a longer request loses its middle"),
+        (sum(one.cut for one in wrapped), "rows are longer than what the head reads at once, and lost their middle"),
     ):
         if count:
             console.print(f"{count} {what}")

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -391,7 +392,7 @@ def print_data(data: DataRows, console: Console) -> None:
     for part in data.rows:
         table.add_column(part, justify="right")
     for source, *cells in data.by_source():
-        table.add_row(source, *cells, style="bold" if source == "all" else "")
+        table.add_row(escape(source), *cells, style="bold" if source == "all" else "")
     console.print(table)
     for line in data.missing:
         console.print(f"[yellow]{line}[/]")

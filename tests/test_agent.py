@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from so8t.adapter import Agent, load_agent
 from so8t.agent import HELD, SPOKEN, Growth, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
 from so8t.cli import main
-from so8t.conversation import Exchange, Prompt
+from so8t.conversation import Exchange, Prompt, latest
 from so8t.errors import SO8TError
 from so8t.escalations import EscalationQueue
 from so8t.gates import GateSpec
@@ -161,11 +163,45 @@ def test_an_approved_request_is_answered_and_a_denied_one_refused(ruled, state):
     assert verify(state[0].folder).problems == []
 
 
+def test_no_more_of_an_answer_comes_between_two_looks_than_a_look_has_in_view(ruled):
+    agent = ruled(lambda text: Label.ALLOW)
+    room = agent.template.room
+    assert SafeAgent(agent, watch_every=4).watch_every == 4
+    assert SafeAgent(agent, watch_every=10_000).watch_every == room // 3
+    text = "a b c d e f g h " * room
+    begin, end = agent.template.encode(text).span
+    assert end - begin - room // 2 >= room // 3, "the end of a long text that is read with its beginning"
+
+
+@given(st.integers(0, 40), st.integers(0, 50))
+def test_the_latest_exchanges_are_as_many_as_fit(told, room):
+    exchanges = tuple(Exchange(str(k), "") for k in range(told))
+    assert latest(exchanges, lambda number: number <= room) == exchanges[max(0, told - room) :]
+
+
+def test_of_a_long_conversation_little_is_put_together(ruled, monkeypatch):
+    agent = ruled(lambda text: Label.ALLOW)
+    earlier = tuple(Exchange(f"question {k}", f"answer {k}") for k in range(3_000))
+    asked = []
+    encode = agent.template.encode_conversation
+
+    def counted(prompt):
+        asked.append(len(prompt.earlier))
+        return encode(prompt)
+
+    monkeypatch.setattr(agent.template, "encode_conversation", counted)
+    kept = SafeAgent(agent)._allowed(Prompt("and now?", None, earlier)).earlier
+    assert 1 < len(kept) < 100
+    assert kept == earlier[-len(kept) :]
+    assert max(asked) <= 2 * len(kept)
+    assert len(asked) < 20
+
+
 def test_what_a_guard_holds_is_not_answered_here(ruled, state):
     agent = ruled(lambda text: Label.ESCALATE)
     safe = SafeAgent(agent, queue=state[1])
     safe.respond("wire the money")
-    state[1].hold(1, "ticket", "{}")
+    state[1].hold(1, "ticket", "{}", "http://localhost/v1")
     state[1].decide(1, "approved")
     assert safe.resume(1).text == HELD
     state[1].keep_reply(1, "{}", "it is done")

@@ -15,6 +15,7 @@ from playwright.sync_api import expect
 from so8t.adapter import Agent, load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of
+from so8t.conversation import Exchange
 from so8t.escalations import EscalationQueue
 from so8t.labels import LABELS, Label
 from so8t.serving.app import make_app
@@ -164,6 +165,22 @@ def test_the_token_is_asked_for_and_kept_for_the_session_alone(browser, serve, a
     kept = page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]")
     assert kept == [{"so8t-token": "open-sesame"}, {}, ""]
     assert "open-sesame" not in page.content()
+
+
+def test_who_approves_reads_the_conversation_and_what_becomes_of_it(browser, serve, always):
+    served = serve(always("ESCALATE"))
+    number = served.queue.add(
+        "and how much of it?", None, dict.fromkeys(LABELS, 1 / 3), "decision", [Exchange(HOSTILE, "Yes.")]
+    )
+    served.queue.hold(number, "ticket", "{}", "http://localhost/v1")
+    page = open_page(browser, served.url).page
+    expect(page.locator("#none")).to_have_text("1 pending")
+    told = page.locator("#queue p").all_text_contents()
+    assert told[1:4] == [
+        f"earlier: {HOSTILE}\nYes.",
+        "and how much of it?",
+        "held by a guard, which sends it on once it is approved",
+    ]
 
 
 def test_markup_in_a_request_is_shown_as_text_wherever_it_is_shown(browser, serve, always):

@@ -1,5 +1,6 @@
 """`so8t ask` and `so8t evaluate` on a finished run: what they print and write, and how they fail."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from so8t.console import reported
 from so8t.labels import LABELS
 from tests.conftest import synthetic_rows, write_rows
 
@@ -30,6 +32,13 @@ def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(tmp_path)
     assert process.wait() == 141
 
 
+def test_a_pipe_that_breaks_elsewhere_is_told(capsys):
+    with pytest.raises(SystemExit) as stop, reported():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert stop.value.code == 2
+    assert "Broken pipe" in capsys.readouterr().err
+
+
 # -- ask ---------------------------------------------------------------------------------------------------------------
 
 
@@ -44,6 +53,17 @@ def test_ask_prints_the_decision_its_probabilities_and_an_answer_only_on_allow(s
     assert list(told["probabilities"]) == list(LABELS)
     assert told["probabilities"] == pytest.approx({name: high if name == label else low for name in LABELS}, abs=1e-4)
     assert (told["answer"] is not None) == (label == "ALLOW")
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_what_is_not_utf_8_is_one_line(finished_run, tmp_path, command):
+    request = ["-"] if command == "ask" else ["--state", str(tmp_path)]
+    for how, told in (("strict", "is not UTF-8"), ("surrogateescape", "is not valid Unicode")):  # Python may let stray bytes by
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": f"utf-8:{how}"}
+        line = [sys.executable, "-m", "so8t.cli", command, str(finished_run), *request]
+        done = subprocess.run(line, input=b"caf\xe9\n", capture_output=True, timeout=120, check=False, env=env)
+        assert done.returncode == 2
+        assert done.stderr.decode().startswith(f"error: the request {told}")
 
 
 def test_ask_for_people_has_decision_and_probabilities_on_the_first_line(so8t, always):

@@ -42,6 +42,53 @@ def test_a_queue_from_before_conversations_is_gone_on_with(queue):
     assert again.get(again.add("a", None, PROBABILITIES, "decision", [Exchange("b", "c")])).earlier == (Exchange("b", "c"),)
 
 
+def test_what_is_held_is_given_to_one_sender_at_a_time_and_for_its_own_upstream(queue):
+    for number in (1, 2, 3):
+        queue.hold(number, f"ticket {number}", "{}", "a" if number < 3 else "b")
+        queue.decide(number, "approved")
+    assert [held.number for held in queue.to_send("a", seconds=100)] == [1, 2]
+    assert queue.to_send("a", seconds=100) == [], "they are being sent"
+    queue.send_again(1, seconds=0)
+    queue.send_again(2, seconds=100)
+    assert [held.number for held in queue.to_send("a", seconds=0)] == [1]
+    queue.keep_reply(1, "{}", "done")
+    assert queue.to_send("a", seconds=100) == []
+    assert [held.number for held in queue.to_send("b", seconds=100)] == [3]
+
+
+def test_what_an_old_queue_holds_does_not_say_for_whom_and_is_anybodys(queue):
+    queue.hold(1, "ticket", "{}", "a")
+    queue.decide(1, "approved")
+    with closing(sqlite3.connect(queue.path)) as database:
+        database.execute("ALTER TABLE held DROP COLUMN upstream")
+        database.execute("ALTER TABLE held DROP COLUMN until")
+    assert [held.number for held in EscalationQueue(queue.path).to_send("b", seconds=100)] == [1]
+
+
+def test_a_place_where_no_queue_can_be_is_an_error(tmp_path):
+    (tmp_path / "escalations.sqlite").mkdir()
+    with pytest.raises(ArtefactError, match="cannot be used as a queue"):
+        EscalationQueue(tmp_path / "escalations.sqlite")
+
+
+def test_what_a_person_approves_is_what_is_shown(queue, so8t, tmp_path):
+    hiding = "wire 10 \x1b[8mand 90000\x1b[0m \u202e:smile: [bold]x[/]"
+    number = queue.add(hiding, None, PROBABILITIES, "decision", [Exchange("a\x9bb", "c\rd")])
+    for arguments in (["list"], ["show", number]):
+        code, out, _ = so8t("escalations", *arguments, "--state", tmp_path)
+        assert code == 0
+        assert not {c for c in out if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n"}
+        assert all(piece in out for piece in (r"\x1b[8mand", r"90000\x1b[0m", r"\u202e:smile: [bold]x[/]"))
+    assert r"a\x9bb" in out
+    assert r"c\rd" in out
+
+
+def test_a_number_that_no_table_holds_is_an_error(so8t, queue, tmp_path):
+    code, _, err = so8t("escalations", "show", 2**63, "--state", tmp_path)
+    assert code == 2
+    assert "too large" in err
+
+
 def test_a_request_is_decided_once(queue):
     assert queue.decide(1, "approved", "known customer").note == "known customer"
     with pytest.raises(SO8TError, match="was approved before"):

@@ -130,8 +130,18 @@ def test_a_row_that_cannot_be_scored_is_a_failure_and_no_prediction(model, templ
     assert result.overall["SO8T"]["failures"] == len(RECORDS)
     assert result.overall["SO8T"]["rows"] == 0
     assert result.confusion == [[0] * 3] * 3
+    assert not {"detected", "false_alarms_per_1000_tokens", "decision_changes"} & {
+        key for key, value in result.overall["SO8T"].items() if value is not None and not math.isnan(value)
+    }, "what was seen along the tokens of a failure is no detection and no alarm"
     assert f"{len(RECORDS)} failures (not counted as predictions)" in printed(result)
     json.dumps(result.as_json(), allow_nan=False)
+
+
+def test_a_source_is_printed_as_it_is_called(model, template):
+    records = [replace(r, source="a[/b] [web]", language="[red]") for r in RECORDS]
+    told = printed(evaluate("set", records, run(model, template, records), None, None))
+    assert "a[/b] [web]" in told
+    assert "language [red]" in told
 
 
 def test_an_exception_inside_is_a_bug_and_not_a_decision(model, template):

@@ -98,7 +98,8 @@ def ask(guard, *contents, **more):
 
 def post(guard, body, **more):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx2.post(f"{guard.url}/v1/chat/completions", content=content, timeout=20, **more)
+    headers = {"content-type": "application/json", **more.pop("headers", {})}
+    return httpx2.post(f"{guard.url}/v1/chat/completions", content=content, headers=headers, timeout=20, **more)
 
 
 HELLO = {"model": "up", "messages": [{"role": "user", "content": "hello"}]}
@@ -582,6 +583,56 @@ def test_an_upstream_that_fails_is_asked_again_but_not_when_it_refuses(guarded, 
     count = len(upstream.asked)
     time.sleep(0.2)
     assert len(upstream.asked) == count
+
+
+def test_an_upstream_without_a_key_is_asked_again_when_there_may_be_one(guarded, upstream, often):
+    guard = guarded()
+    ask(guard, "wire the money")
+    upstream.whole = JSONResponse({"error": {"message": "no key"}}, 401)
+    guard.queue.decide(1, "approved")
+    assert until(lambda: upstream.asked)
+    assert guard.queue.get(1).reply is None
+    upstream.whole = completion({"content": "done"})
+    assert until(lambda: guard.queue.get(1).reply)
+
+
+def test_of_two_guards_with_one_queue_each_sends_what_its_own_upstream_was_asked_and_once(guarded, upstream, often):
+    others = Upstream()
+    with running(others.app) as others.url:
+        first, second, third = guarded(), guarded(url=f"{others.url}/v1"), guarded(url=f"{others.url}/v1/")
+        ask(first, "wire the money to her")
+        ask(second, "wire the money to him")
+        for number in (1, 2):
+            third.queue.decide(number, "approved")
+        assert until(lambda: first.queue.get(1).reply and first.queue.get(2).reply)
+        time.sleep(0.2)
+        [(_, _, to_first)], [(_, _, to_second)] = upstream.asked, others.asked
+    assert b"to her" in to_first
+    assert b"to him" in to_second
+
+
+def test_what_is_escalated_is_held_whatever_becomes_of_its_client(guarded, upstream, monkeypatch):
+    guard = guarded()
+    monkeypatch.setattr("so8t.agent.Watch.explained", lambda watch: 1 / 0)
+    assert post(guard, {"model": "up", "messages": [{"role": "user", "content": "wire the money"}]}).status_code == 500
+    assert guard.queue.get(1).held
+
+
+def test_deciding_has_a_time_limit(guarded, upstream):
+    def slow(text):
+        time.sleep(0.2)
+        return Label.ALLOW
+
+    answer = post(guarded(slow, limit=0.05), HELLO)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert upstream.asked == []
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_what_a_web_page_may_send_unasked_is_turned_away(guarded, upstream, kind):
+    answer = post(guarded(), HELLO, headers={"content-type": kind})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (415, "content-type")
+    assert upstream.asked == []
 
 
 def test_nobody_gets_a_completion_without_its_ticket(guarded):

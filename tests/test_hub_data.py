@@ -203,6 +203,7 @@ def test_a_missing_key_within_a_column_is_named(mix, tmp_path):
         ("a.csv", b"prompt,b\nx,y,z\n", "row 1 has more values than there are columns"),
         ("a.csv", "prompt\ncafé\n".encode("latin-1"), "cannot be read as csv"),
         ("a.jsonl.gz", b"not packed", "cannot be unpacked"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\xff" * 40, "cannot be unpacked"),
         ("a.jsonl.xz", b"not packed", "cannot be unpacked"),
         ("a.pkl", b"", r"\.pkl is not one of \.parquet"),
         ("a", b"", "no ending is not one of"),

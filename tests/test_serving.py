@@ -16,7 +16,7 @@ import uvicorn
 from so8t.adapter import Agent, load_agent
 from so8t.agent import SPOKEN, SafeAgent
 from so8t.audit import AuditLog, files_of, verify
-from so8t.commands.serve import listen
+from so8t.commands.serve import listen, names
 from so8t.escalations import EscalationQueue
 from so8t.labels import LABELS, Label
 from so8t.serving.app import make_app
@@ -49,7 +49,7 @@ class Served:
         self.audit, self.queue = AuditLog(folder / "audit"), EscalationQueue(folder / "escalations.sqlite")
         self.safe = SafeAgent(agent, audit=self.audit, queue=self.queue, max_new_tokens=12, watch_every=4, keep_text=True)
         self.service = make_service(self.safe, self.queue, limits)
-        app = make_app(self.service, max_bytes=max_bytes, token=token, hosts=("127.0.0.1",))
+        app = make_app(self.service, max_bytes=max_bytes, token=token, hosts=names("127.0.0.1"))
         self.socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
@@ -354,6 +354,8 @@ def test_a_body_that_is_too_large_malformed_or_from_another_name_is_turned_away(
         answer = bad_server.http.post("/v1/decisions", content=content, headers=json_type)
         assert (answer.status_code, list(answer.json())) == (400, ["error"])
     assert bad_server.http.get("/healthz", headers={"host": "elsewhere.example"}).status_code == 400
+    for name in ("localhost:8000", "[::1]:8000"):
+        assert bad_server.http.get("/healthz", headers={"host": name}).status_code == 200
     for path, status in (("/nothing", 404), ("/v1/decisions", 405), ("/v1/models/other", 404)):
         assert bad_server.http.get(path).status_code == status
     assert bad_server.decide("fine").status_code == 200

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from so8t.commands.types import COLOURS, TOO_LONG, positive
+from so8t.commands.types import COLOURS, TOO_LONG, given, positive
 from so8t.errors import SO8TError
 from so8t.labels import LABELS, Label
 
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     """The command."""
     from so8t.adapter import load_agent
 
-    request = sys.stdin.read() if args.request == "-" else args.request
+    request = given("the request", sys.stdin.read if args.request == "-" else lambda: args.request)
+    given("--context", lambda: args.context or "")
     if not request.strip():
         raise SO8TError("the request is empty")
     agent = load_agent(args.run)

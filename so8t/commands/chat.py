@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from so8t.commands.types import AUDIT, COLOURS, QUEUE, STATE, TOO_LONG, positive
+from so8t.commands.types import AUDIT, COLOURS, QUEUE, STATE, TOO_LONG, given, positive
 from so8t.conversation import Exchange
 from so8t.labels import Label
 
@@ -29,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
+    given("--context", lambda: args.context or "")
     from so8t.adapter import load_agent
     from so8t.agent import SafeAgent
     from so8t.audit import AuditLog
@@ -72,6 +73,6 @@ def run(args: argparse.Namespace) -> None:
 def _asked(console: Console) -> str:
     """The next request; empty at the end."""
     try:
-        return console.input("[bold]> [/]" if sys.stdin.isatty() else "").strip()
+        return given("the request", lambda: console.input("[bold]> [/]" if sys.stdin.isatty() else "")).strip()
     except EOFError:
         return ""

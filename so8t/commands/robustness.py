@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--data", type=Path, help="JSONL file of records never trained on; by default the run's test split")
     parser.add_argument("--rows", type=positive, help="so many rows of each set, always the same ones (default: all)")
-    parser.add_argument("--out", type=Path, help="folder for robustness.json and robustness.png (default: the run's)")
+    parser.add_argument("--out", type=Path, help="folder for robustness.json and robustness.png (default: RUN's)")
     uncalibrated_argument(parser)
     parser.add_argument("--json", action="store_true", help="the figures as JSON on standard output")
     row_arguments(parser)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console(stderr=args.json, soft_wrap=True)
     folder = find_adapter(args.run)
-    out: Path = args.out or folder.parent
+    out: Path = args.out or (folder.parent if (folder.parent / "config.yaml").is_file() else folder)
     if out.exists() and not out.is_dir():
         raise SO8TError(f"--out {out} is a file: name a folder")
     if args.data is None:

@@ -109,12 +109,16 @@ def launch(
         rationales=rationales,
     )
     service = make_service(safe, queue, limits)
-    hosts = LOOPBACK if args.host in LOOPBACK else ()
-    app = make_app(service, max_bytes=args.max_body_kib * 2**10, token=token, hosts=hosts, routes=routes)
+    app = make_app(service, max_bytes=args.max_body_kib * 2**10, token=token, hosts=names(args.host), routes=routes)
     host, number = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     Console(soft_wrap=True).print(f"{service.model} at http://{shown}:{number}/v1 (Ctrl-C ends it)", highlight=False)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+
+
+def names(host: str) -> tuple[str, ...]:
+    """What a server that listens at `host` may be called in a request: on this machine alone its names, else any (none)."""
+    return (*LOOPBACK, "[::1]") if host in LOOPBACK else ()  # requests have an IPv6 address in brackets
 
 
 def read_token(file: Path | None, variable: str = TOKEN) -> str | None:

@@ -8,7 +8,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from so8t.data.records import ReadReport
+from so8t.data.records import ReadReport, bad_unicode
+from so8t.errors import SO8TError
 from so8t.labels import Label
 
 T = TypeVar("T", int, float)
@@ -23,6 +24,21 @@ COLOURS = {Label.ALLOW: "green", Label.ESCALATE: "yellow", Label.REFUSE: "red"}
 
 TOO_LONG = "too long to be read whole, and so not allowed"
 """What is told beside the decision on such a text."""
+
+
+def given(what: str, read: Callable[[], str]) -> str:
+    """A text from the command line or from standard input.
+
+    Raises:
+        SO8TError: it is not UTF-8.
+    """
+    try:
+        text = read()
+    except UnicodeDecodeError as error:
+        raise SO8TError(f"{what} is not UTF-8: {error.reason} at byte {error.start}") from None
+    if wrong := bad_unicode(text):
+        raise SO8TError(f"{what} is {wrong}: give it in UTF-8")
+    return text
 
 
 def row_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +74,14 @@ def positive(text: str) -> int:
     value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def row_id(text: str) -> int:
+    """The number of a row in an SQLite table, which has 64 bits."""
+    value = positive(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is too large for a number of a request")
     return value
 
 

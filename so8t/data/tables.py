@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import PurePath
 
@@ -37,7 +38,7 @@ def read_rows(data: bytes, name: str, where: str) -> Iterator[tuple[int, Row]]:
     if unpack := _UNPACK.get(path.suffix):
         try:
             data = unpack(data)
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise DataError(f"{where}: cannot be unpacked: {error}") from None
         path = PurePath(path.stem)
     if (form := _FORMS.get(path.suffix)) is None:
@@ -87,7 +88,7 @@ def _parquet(data: bytes, where: str) -> Iterator[tuple[int, Row]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # Arrow tells some damage as an OSError
         raise DataError(f"{where}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 

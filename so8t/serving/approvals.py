@@ -1,7 +1,8 @@
 """What a person approved goes to the upstream after all: looked for in the queue, watched against REFUSE alone, its reply kept.
 
 Approving is a change in the queue, by whatever means; the guard needs no way in for it. The reply is for whoever has the
-request's ticket. An upstream that fails is asked again later.
+request's ticket. An upstream that fails is asked again later. Of several guards with one queue, each sends what is for its own
+upstream, and of those before one upstream one alone does.
 """
 
 import asyncio
@@ -26,8 +27,8 @@ EVERY_SECONDS = 1.0
 """Between two looks into the queue."""
 AGAIN_SECONDS = 60.0
 """Until an upstream that failed is asked again."""
-LATER = (408, 429)
-"""What may be well the next time, beside 500 and up."""
+LATER = (401, 403, 408, 429)
+"""What may be well the next time, when there is a key or room, beside 500 and up."""
 
 
 class Approvals:
@@ -35,7 +36,7 @@ class Approvals:
 
     def __init__(self, guard: Guard):
         self.guard, self.queue = guard, guard.service.queue
-        self._not_before: dict[int, float] = {}
+        self._sending: set[asyncio.Task] = set()
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -44,29 +45,43 @@ class Approvals:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            ending = {task, *self._sending}
+            for each in ending:
+                each.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
 
     async def _run(self) -> None:
-        now = asyncio.get_running_loop().time
+        # the decision and then the answer take their time each, and no other guard may send it meanwhile
+        seconds = 2 * self.guard.service.limits.seconds + AGAIN_SECONDS
         while True:
             try:
-                approved = await run_in_threadpool(self.queue.to_send)
-                await asyncio.gather(*(self._send(h) for h in approved if self._not_before.get(h.number, 0.0) <= now()))
+                for held in await run_in_threadpool(self.queue.to_send, self.guard.upstream.url, seconds=seconds):
+                    task = asyncio.create_task(self._send(held))
+                    self._sending.add(task)
+                    task.add_done_callback(self._sending.discard)
             except Exception:
-                log.exception("what was approved could not be sent on")
+                log.exception("what was approved could not be looked for")
             await asyncio.sleep(EVERY_SECONDS)
 
     async def _send(self, held: Held) -> None:
-        self._not_before[held.number] = asyncio.get_running_loop().time() + AGAIN_SECONDS
+        """Keeps the reply, or lets the request be sent again: later, or by the next server at once if this one stops."""
+        again = AGAIN_SECONDS
         try:
-            reply, said = await self.guard.approved(held)
-        except WireError as error:
-            log.warning("escalation %d, approved, was not answered: %s", held.number, error)
-            if error.status >= 500 or error.status in LATER:
-                return
-            reply, said = error.body.model_dump_json(), str(error)
-        await run_in_threadpool(self.queue.keep_reply, held.number, reply, said)
+            try:
+                reply, said = await self.guard.approved(held)
+            except WireError as error:
+                log.warning("escalation %d, approved, was not answered: %s", held.number, error)
+                if error.status >= 500 or error.status in LATER:
+                    return
+                reply, said = error.body.model_dump_json(), str(error)
+            await run_in_threadpool(self.queue.keep_reply, held.number, reply, said)
+        except asyncio.CancelledError:
+            again = 0.0
+            raise
+        except Exception:
+            log.exception("escalation %d, approved, could not be sent on", held.number)
+        finally:
+            self.queue.send_again(held.number, seconds=again)
 
 
 def completion(queue: EscalationQueue, ticket: str) -> tuple[int, str]:

@@ -14,8 +14,8 @@ from contextlib import aclosing
 from functools import partial
 from typing import TypeVar
 
-from so8t.agent import Reply, Verdict, Watch, spoken, strictest
-from so8t.conversation import Reading, readings, readings_of
+from so8t.agent import Reply, SafeAgent, Verdict, Watch, spoken, strictest
+from so8t.conversation import Prompt, Reading, readings, readings_of
 from so8t.errors import SO8TError
 from so8t.escalations import Held
 from so8t.labels import Label
@@ -24,7 +24,7 @@ from so8t.serving.service import Service, decided
 from so8t.serving.strict_json import parse
 from so8t.serving.upstream import Upstream, events, handed_back, read
 from so8t.serving.watched import Garbled, LeftAllow, WatchedAnswer, released
-from so8t.serving.wire import Answer, ChatCompletion, Choice, Decided, Usage, new_id
+from so8t.serving.wire import Answer, ChatCompletion, Choice, Decided, Usage, WireError, new_id
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,21 @@ class Guard:
 
     # -- the request -----------------------------------------------------------------------------------------------------
 
-    async def begin(self, chat: Chat) -> tuple[Chat, Watch]:
-        """Decides all of a chat; gives what of it may be sent, if the watch's reply is not `finished`."""
+    async def begin(self, chat: Chat) -> tuple[Chat, "HoldingWatch"]:
+        """Decides all of a chat; gives what of it may be sent, if the watch's reply is not `finished`.
+
+        Raises:
+            WireError: 503, the queue is full; 504, deciding takes too long.
+        """
         begun = time.perf_counter()
         await self.run(lambda: None, accepted=False)  # 503 if the queue is full
         told = len(chat.prompt.earlier)
         try:
-            chat = chat.without(await self._not_allowed(chat))
-            verdict = await self._verdict(chat)
+            async with asyncio.timeout(self.service.limits.seconds):
+                chat = chat.without(await self._not_allowed(chat))
+                verdict = await self._verdict(chat)
+        except TimeoutError:
+            raise WireError(504, "the request was not decided in time", code="timeout") from None
         except SO8TError:
             raise
         except Exception:
@@ -80,7 +87,8 @@ class Guard:
             self.safe.failures += 1
             verdict = Verdict.not_taken()
         more = {"left_out": told - len(chat.prompt.earlier)} if told else {}
-        watch = await self.run(partial(Watch, self.safe, chat.prompt, verdict, approved=False, begun=begun, **more))
+        hold = partial(self.service.queue.hold, body=chat.unstreamed(), upstream=self.upstream.url)
+        watch = await self.run(partial(HoldingWatch, hold, self.safe, chat.prompt, verdict, begun=begun, **more))
         if watch.reply.finished:
             replies = watch.explained()
             while not (await self.run(partial(next, replies))).finished:
@@ -106,14 +114,6 @@ class Guard:
             waiting = [asyncio.wrap_future(future) for future in self.service.worker.read(once[k : k + most])]
             found |= zip(once[k : k + most], await asyncio.gather(*waiting), strict=True)
         return [found[reading] for reading in asked]
-
-    async def told(self, chat: Chat, reply: Reply) -> Decided:
-        """What the client is told where nothing is answered, or no more; what is for a person is held until it is approved."""
-        if reply.escalation is None:
-            return decided(reply.verdict, reply)
-        ticket = new_id("chatcmpl")
-        await self.run(partial(self.service.queue.hold, reply.escalation, ticket, chat.unstreamed()))
-        return decided(reply.verdict, reply, ticket)
 
     # -- the answer ------------------------------------------------------------------------------------------------------
 
@@ -204,6 +204,38 @@ class Guard:
         )
         self._writing.add(writing)  # the loop itself keeps only a weak reference
         writing.add_done_callback(self._writing.discard)
+
+
+class HoldingWatch(Watch):
+    """A watch that holds what is for a person as soon as it is in the queue, so that a client who leaves takes nothing along.
+    `ticket` is for the reply to it."""
+
+    def __init__(
+        self,
+        hold: Callable[[int, str], None],
+        safe: SafeAgent,
+        prompt: Prompt,
+        verdict: Verdict,
+        *,
+        begun: float,
+        **more: object,
+    ):
+        self.hold = hold
+        self.ticket: str | None = None
+        super().__init__(safe, prompt, verdict, approved=False, begun=begun, **more)
+
+    @property
+    def told(self) -> Decided:
+        """What the client is told where nothing is answered, or no more."""
+        return decided(self.reply.verdict, self.reply, self.ticket)
+
+    def _closed(self, verdict: Verdict, reason: str) -> Reply:
+        reply = super()._closed(verdict, reason)
+        if reply.escalation is not None:
+            ticket = new_id("chatcmpl")
+            self.hold(reply.escalation, ticket)
+            self.ticket = ticket
+        return reply
 
 
 def said_instead(reply: Reply) -> str:

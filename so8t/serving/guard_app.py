@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from so8t.agent import Watch
 from so8t.serving.approvals import Approvals, completion
-from so8t.serving.guard import CHAT, NO_TOKENS, Guard, closed, said_instead
+from so8t.serving.guard import CHAT, NO_TOKENS, Guard, HoldingWatch, closed, said_instead
 from so8t.serving.reading import Chat, read_chat
 from so8t.serving.watched import LeftAllow
 from so8t.serving.wire import DONE, EVENT_STREAM, ChatChunk, ChunkChoice, Decided, Delta, WireError, new_id, sse
@@ -39,6 +39,9 @@ def guard_routes(guard: Guard) -> APIRouter:
 
     @routes.post("/v1" + CHAT)
     async def chat(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":  # what any web page may send without being asked, and would be sent on with our key
+            raise WireError(415, "the content type must be application/json", param="content-type")
         chat = read_chat(await request.body())
         return await _while_connected(request, _answered(guard, chat, request))
 
@@ -77,11 +80,10 @@ async def _answered(guard: Guard, chat: Chat, request: Request) -> Response:
         return Stream(_chained(first, frames))
     if not watch.reply.finished and (answer := await guard.whole(chat, watch, headers)) is not None:
         return Response(answer[0], headers=answer[1], media_type="application/json")
-    told = await guard.told(chat, watch.reply)
-    return Response(closed(chat.request.model, watch.reply, told).model_dump_json(), media_type="application/json")
+    return Response(closed(chat.request.model, watch.reply, watch.told).model_dump_json(), media_type="application/json")
 
 
-async def _frames(guard: Guard, chat: Chat, watch: Watch, headers: list[tuple[str, str]]) -> AsyncGenerator[bytes, None]:
+async def _frames(guard: Guard, chat: Chat, watch: HoldingWatch, headers: list[tuple[str, str]]) -> AsyncGenerator[bytes, None]:
     """The bytes of a streamed answer."""
     answer, begun = guard.watched(watch), False
     if not watch.reply.finished:
@@ -100,7 +102,7 @@ async def _frames(guard: Guard, chat: Chat, watch: Watch, headers: list[tuple[st
             yield sse(error.body)
             return
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": chat.request.model, **answer.head}
-    for frame in _closing(chat, watch, head, await guard.told(chat, watch.reply)):
+    for frame in _closing(chat, watch, head, watch.told):
         yield frame
 
 
