@@ -1,6 +1,7 @@
 """`so8t ask` and `so8t evaluate` on a finished run: what they print and write, and how they fail."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -55,15 +56,21 @@ def test_ask_prints_the_decision_its_probabilities_and_an_answer_only_on_allow(s
     assert (told["answer"] is not None) == (label == "ALLOW")
 
 
+@pytest.mark.parametrize(("how", "told"), [("strict", "is not UTF-8"), ("surrogateescape", "is not valid Unicode")])
 @pytest.mark.parametrize("command", ["ask", "chat"])
-def test_what_is_not_utf_8_is_one_line(finished_run, tmp_path, command):
-    request = ["-"] if command == "ask" else ["--state", str(tmp_path)]
-    for how, told in (("strict", "is not UTF-8"), ("surrogateescape", "is not valid Unicode")):  # Python may let stray bytes by
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": f"utf-8:{how}"}
-        line = [sys.executable, "-m", "so8t.cli", command, str(finished_run), *request]
-        done = subprocess.run(line, input=b"caf\xe9\n", capture_output=True, timeout=120, check=False, env=env)
-        assert done.returncode == 2
-        assert done.stderr.decode().startswith(f"error: the request {told}")
+def test_what_is_not_utf_8_is_one_line(so8t, finished_run, tmp_path, monkeypatch, command, how, told):
+    # in some places Python lets stray bytes by, as halves of surrogate pairs
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors=how))
+    code, _, err = so8t(command, finished_run, *(["-"] if command == "ask" else ["--state", tmp_path]))
+    assert code == 2
+    assert err.startswith(f"error: the request {told}")
+
+
+def test_a_context_that_is_not_utf_8_is_one_line(so8t, finished_run, tmp_path):
+    for command in (["ask", finished_run, "hello"], ["chat", finished_run, "--state", tmp_path]):
+        code, _, err = so8t(*command, "--context", "caf\udce9")
+        assert code == 2
+        assert err.startswith("error: --context is not valid Unicode")
 
 
 def test_ask_for_people_has_decision_and_probabilities_on_the_first_line(so8t, always):
