@@ -87,7 +87,10 @@ class Guard:
             self.safe.failures += 1
             verdict = Verdict.not_taken()
         more = {"left_out": told - len(chat.prompt.earlier)} if told else {}
-        hold = partial(self.service.queue.hold, body=chat.unstreamed(), upstream=self.upstream.url)
+
+        def hold(number: int, ticket: str) -> None:
+            self.service.queue.hold(number, ticket, chat.unstreamed(), self.upstream.url)
+
         watch = await self.run(partial(HoldingWatch, hold, self.safe, chat.prompt, verdict, begun=begun, **more))
         if watch.reply.finished:
             replies = watch.explained()

@@ -10,12 +10,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from so8t.agent import Watch
 from so8t.serving.approvals import Approvals, completion
 from so8t.serving.guard import CHAT, NO_TOKENS, Guard, HoldingWatch, closed, said_instead
 from so8t.serving.reading import Chat, read_chat
 from so8t.serving.watched import LeftAllow
-from so8t.serving.wire import DONE, EVENT_STREAM, ChatChunk, ChunkChoice, Decided, Delta, WireError, new_id, sse
+from so8t.serving.wire import DONE, EVENT_STREAM, ChatChunk, ChunkChoice, Delta, WireError, new_id, sse
 
 LOOK_SECONDS = 0.2
 """How often it is seen whether the client is still there, until the answer begins."""
@@ -102,18 +101,18 @@ async def _frames(guard: Guard, chat: Chat, watch: HoldingWatch, headers: list[t
             yield sse(error.body)
             return
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": chat.request.model, **answer.head}
-    for frame in _closing(chat, watch, head, watch.told):
+    for frame in _closing(chat, watch, head):
         yield frame
 
 
-def _closing(chat: Chat, watch: Watch, head: dict, told: Decided) -> Iterator[bytes]:
+def _closing(chat: Chat, watch: HoldingWatch, head: dict) -> Iterator[bytes]:
     """The last events of a stream that is closed; what is said instead of an answer is a refusal where one had begun."""
     reply = watch.reply
     said = said_instead(reply)
     delta = Delta(refusal=said) if reply.stopped else Delta(role="assistant", content=said)
     yield sse(ChatChunk(**head, choices=[ChunkChoice(delta=delta)]))
     last = ChunkChoice(delta=Delta(), finish_reason="content_filter")
-    yield sse(ChatChunk(**head, choices=[last], so8t=told))
+    yield sse(ChatChunk(**head, choices=[last], so8t=watch.told))
     if chat.request.stream_options is not None and chat.request.stream_options.include_usage:
         yield sse(ChatChunk(**head, choices=[], usage=NO_TOKENS))
     yield DONE
