@@ -193,7 +193,7 @@ def test_offline_without_public_sets_the_starter_is_enough_and_the_rest_is_said_
     monkeypatch.setenv("SO8T_CACHE", str(tmp_path))
     data = SafetyData(validate(composed("base=tiny", output_dir=tmp_path)).data, seed=0)
     data.setup()
-    assert {r.source for r in data.train} == {"starter", "codes"}
+    assert {r.source for r in data.train} == {"starter", "everyday", "codes"}
     print_data(DataRows(data.describe(), data.skipped, data.missing), Console())
     told = " ".join(capsys.readouterr().out.split())
     for source in ("do_not_answer", "harmbench", "advbench", "action_risk", "chat_bench"):

@@ -10,7 +10,7 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.tree import DecisionTreeClassifier
 
 from so8t.data.records import Record
-from so8t.data.sources import load_starter
+from so8t.data.sources import load_shipped
 from so8t.data.splits import near_duplicates
 from so8t.labels import LABELS, Label
 
@@ -19,7 +19,7 @@ FORMS = ("question", "command", "statement")
 
 @pytest.fixture(scope="module")
 def starter() -> list[Record]:
-    return load_starter()
+    return load_shipped("starter")
 
 
 def words(text: str) -> int:

@@ -17,7 +17,7 @@ from so8t.base import shared_lead
 from so8t.config import validate
 from so8t.conversation import Prompt, readings
 from so8t.data.datamodule import RecordDataset
-from so8t.data.sources import load_starter
+from so8t.data.sources import load_shipped
 from so8t.data.tokenise import Template
 from so8t.errors import ArtefactError, ConfigError
 from so8t.export import export_hf
@@ -222,7 +222,7 @@ def test_an_export_without_a_limit_carries_nothing_for_it(tmp_path):
 
 @torch.no_grad()
 def test_requests_in_a_code_are_stranger_to_the_real_base_than_requests_in_words(real_base):
-    english = [r for r in load_starter() if r.language == "en" and not r.context and 30 < len(r.user_request) < 90]
+    english = [r for r in load_shipped("starter") if r.language == "en" and not r.context and 30 < len(r.user_request) < 90]
     known, new = english[:40], english[400:412]
     coded = [dataclasses.replace(r, user_request=base64.b64encode(r.user_request.encode()).decode()) for r in new]
     model = SO8TModel(real_base, GateSpec(interior="none", last=False), HeadSpec(reads=(0.25, 0.5)))

@@ -1,4 +1,4 @@
-"""Named sources of records: the starter set, files, public sets that ride in PyPI wheels, and public sets on a hub.
+"""Named sources of records: the starter set and everyday requests, files, public sets that ride in PyPI wheels, and public sets on a hub.
 
 Every source's mapping from its own labels to ALLOW / ESCALATE / REFUSE is a table in `conf/data`, open to argument: rules
 are tried in order and the first that fits decides. A row whose rule says SKIP is left out and counted.
@@ -71,14 +71,14 @@ class HubSpec:
 
 @spec
 class SourceSpec:
-    """One source. `kind=wheel` needs `wheel`, `members`, `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and
+    """One source. `starter` and `everyday` are shipped with this package; `kind=wheel` needs `wheel`, `members`, `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and
     `rules`, and reads `path` instead of the hub's files where it is set; `kind=file` needs `path`.
 
     `text` names the field of the request, `turns.0` reaches into lists; `weight` multiplies the loss of its rows (0 leaves
     the source out); `max_rows` draws that many of them; `test_only` ones may not be trained on.
     """
 
-    kind: Literal["starter", "file", "wheel", "hub"]
+    kind: Literal["starter", "everyday", "file", "wheel", "hub"]
     weight: NotNegative = 1.0
     max_rows: PositiveInt | None = None
     test_only: bool = False
@@ -109,8 +109,8 @@ def load_source(name: str, source: SourceSpec, *, on_bad_row: OnBadRow) -> Loade
         FetchError: a wheel or a hub's file is neither cached nor to be had.
         DataError: a file is missing or malformed.
     """
-    if source.kind == "starter":
-        return Loaded(load_starter(), 0)
+    if source.kind in ("starter", "everyday"):
+        return Loaded(load_shipped(source.kind), 0)
     if source.kind == "hub":
         return _load_hub(name, source, on_bad_row)
     if source.kind == "file":
@@ -134,16 +134,15 @@ def _fill(record: Record, source: SourceSpec) -> Record:
     return replace(record, language=record.language or source.language, licence=record.licence or source.licence)
 
 
-def load_starter() -> list[Record]:
-    """The starter set, written for this project and shipped with it (Apache-2.0)."""
+def load_shipped(name: Literal["starter", "everyday"]) -> list[Record]:
+    """A set that was written for this project and is shipped with it (Apache-2.0)."""
     records: list[Record] = []
-    folder = resources.files("so8t.data") / "starter"
-    for part in sorted(folder.iterdir(), key=lambda p: p.name):
+    for part in sorted((resources.files("so8t.data") / name).iterdir(), key=lambda p: p.name):
         if part.name.endswith(".jsonl"):
             with resources.as_file(part) as path:
-                rows, _ = read_jsonl(path, source="starter")
+                rows, _ = read_jsonl(path, source=name)
             records += [replace(row, licence="Apache-2.0") for row in rows]
-    return [replace(r, source="starter") for r in records]
+    return [replace(r, source=name) for r in records]
 
 
 def _load_wheel(name: str, source: SourceSpec, on_bad_row: OnBadRow) -> Loaded:
