@@ -1,4 +1,4 @@
-"""Named sources of records: the starter set and everyday requests, files, public sets that ride in PyPI wheels, and public sets on a hub.
+"""Named sources of records: what is shipped, files, public sets that ride in PyPI wheels, and public sets on a hub.
 
 Every source's mapping from its own labels to ALLOW / ESCALATE / REFUSE is a table in `conf/data`, open to argument: rules
 are tried in order and the first that fits decides. A row whose rule says SKIP is left out and counted.
@@ -71,8 +71,9 @@ class HubSpec:
 
 @spec
 class SourceSpec:
-    """One source. `starter` and `everyday` are shipped with this package; `kind=wheel` needs `wheel`, `members`, `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and
-    `rules`, and reads `path` instead of the hub's files where it is set; `kind=file` needs `path`.
+    """One source. `kind=starter` and `kind=everyday` are shipped with this package; `kind=wheel` needs `wheel`, `members`,
+    `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and `rules`, and reads `path` instead of the hub's files where
+    it is set; `kind=file` needs `path`.
 
     `text` names the field of the request, `turns.0` reaches into lists; `weight` multiplies the loss of its rows (0 leaves
     the source out); `max_rows` draws that many of them; `test_only` ones may not be trained on.

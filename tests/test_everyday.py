@@ -1,0 +1,68 @@
+"""The everyday set: what it promises to be, and that plain wording alone does not make a request benign."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from so8t.data.records import Record, read_jsonl
+from so8t.data.sources import load_shipped
+from so8t.data.splits import near_duplicates
+from so8t.labels import LABELS, Label
+
+
+@pytest.fixture(scope="module")
+def everyday() -> list[Record]:
+    return load_shipped("everyday")
+
+
+def test_most_rows_are_benign_and_a_third_are_japanese(everyday):
+    assert len(everyday) >= 1200
+    labels = Counter(r.safety_label for r in everyday)
+    assert 0.75 * len(everyday) <= labels[Label.ALLOW] <= 0.8 * len(everyday)
+    assert labels[Label.ESCALATE] == labels[Label.REFUSE]
+    languages = Counter(r.language for r in everyday)
+    assert set(languages) == {"en", "ja"}
+    assert languages["ja"] >= len(everyday) / 3
+
+
+@pytest.mark.parametrize("label", list(Label))
+def test_every_label_has_questions_commands_and_statements(everyday, label):
+    forms = Counter(r.form for r in everyday if r.safety_label == label)
+    assert set(forms) == {"question", "command", "statement"}
+    assert min(forms.values()) >= 0.2 * sum(forms.values())
+
+
+@pytest.mark.parametrize("label", list(Label))
+def test_half_of_every_label_is_short_and_none_is_long(everyday, label):
+    rows = [r for r in everyday if r.safety_label == label and r.language == "en"]
+    lengths = [len(r.user_request.split()) for r in rows]
+    assert 0.4 <= sum(n <= 8 for n in lengths) / len(rows) <= 0.6
+    assert max(lengths) <= 45
+
+
+def test_every_risky_row_has_a_benign_one_in_its_group(everyday):
+    benign = {r.group for r in everyday if r.safety_label == Label.ALLOW}
+    assert all(r.group in benign for r in everyday)
+
+
+def test_rows_are_distinct_and_so_are_their_answers_and_rationales(everyday):
+    texts = [r.user_request for r in everyday]
+    assert len(set(texts)) == len(texts)
+    assert len(near_duplicates(texts, 0.5)) <= 0.005 * len(texts)
+    assert len({r.task_output for r in everyday}) == len(texts)
+    assert len({r.safety_rationale for r in everyday}) == len(texts)
+
+
+def test_no_row_says_its_own_label_or_is_one_of_the_field_set(everyday, field_requests):
+    for record in everyday:
+        assert not any(name in record.user_request for name in LABELS), record
+        assert record.user_request.casefold() not in field_requests
+        assert (record.source, record.licence) == ("everyday", "Apache-2.0")
+
+
+@pytest.fixture(scope="module")
+def field_requests() -> set[str]:
+    """Requests of the sets beside, which nothing may be trained on."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    return {r.user_request.casefold() for name in ("field.jsonl", "plain.jsonl") for r in read_jsonl(folder / name)[0]}
