@@ -32,6 +32,11 @@ def digest_of(entry: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def line_of(entry: Mapping[str, object]) -> bytes:
+    """A line as it stands in the file."""
+    return (json.dumps(entry, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
 def files_of(folder: Path) -> list[Path]:
     """The log's files, oldest first."""
     return sorted(folder.glob("audit-*.jsonl"))
@@ -71,7 +76,7 @@ class AuditLog:
                 number += 1
                 entry: dict[str, object] = {**event, "number": number, "time": time.time(), "previous": previous}
                 previous = entry["hash"] = digest_of(entry)
-                line = (json.dumps(entry, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+                line = line_of(entry)
                 if size + len(waiting) and size + len(waiting) + len(line) > self.max_bytes:
                     self._flush(path, size, waiting)
                     path, size, waiting = _following(path), 0, b""
@@ -174,7 +179,8 @@ def verify(folder: Path) -> Verified:
         try:
             entry = json.loads(line)
             number, previous, told = int(entry["number"]), entry["previous"], entry["hash"]
-            right = digest_of(entry)
+            # another way to write the same number (the last digit of a time) is a change, too
+            right = digest_of(entry) if line_of(entry) == line else None
         except (ValueError, KeyError, TypeError):
             result.problems.append(f"{place}: damaged: not a line of an audit log")
             continue

