@@ -263,7 +263,7 @@ def _check_together(config: Config) -> None:
     for name, source in data.sources.items():
         if source.weight and source.kind == "file" and not source.path:
             problems.append(f"data.sources.{name}.path is not set: name the JSONL file, such as data=jsonl data.path=FILE")
-        if source.weight and source.kind in ("starter", "everyday", "wheel") and source.path:
+        if source.weight and source.kind not in ("file", "hub") and source.path:
             problems.append(
                 f"data.sources.{name}.path means nothing with kind={source.kind}: add data.sources.{name}.kind=file"
             )

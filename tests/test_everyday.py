@@ -54,15 +54,15 @@ def test_rows_are_distinct_and_so_are_their_answers_and_rationales(everyday):
     assert len({r.safety_rationale for r in everyday}) == len(texts)
 
 
-def test_no_row_says_its_own_label_or_is_one_of_the_field_set(everyday, field_requests):
+def test_no_row_says_its_own_label_or_stands_in_the_sets_beside(everyday, requests_beside):
     for record in everyday:
         assert not any(name in record.user_request for name in LABELS), record
-        assert record.user_request.casefold() not in field_requests
+        assert record.user_request.casefold() not in requests_beside
         assert (record.source, record.licence) == ("everyday", "Apache-2.0")
 
 
 @pytest.fixture(scope="module")
-def field_requests() -> set[str]:
+def requests_beside() -> set[str]:
     """Requests of the sets beside, which nothing may be trained on."""
     folder = Path(__file__).parents[1] / "benchmarks"
     return {r.user_request.casefold() for name in ("field.jsonl", "plain.jsonl") for r in read_jsonl(folder / name)[0]}

@@ -182,7 +182,7 @@ def test_an_error_leaves_nothing_half_written(told, name):
     assert left == []
 
 
-def test_offline_without_public_sets_the_starter_is_enough_and_the_rest_is_said_to_be_left_out(tmp_path, monkeypatch, capsys):
+def test_offline_what_is_shipped_is_enough_and_the_rest_is_said_to_be_left_out(tmp_path, monkeypatch, capsys):
     from rich.console import Console
 
     from so8t.config import validate

@@ -1,4 +1,4 @@
-"""Sources: rules in a table, wheels that are checked and never half-written, and a starter set that needs no network."""
+"""Sources: rules in a table, wheels that are checked and never half-written, and shipped sets that need no network."""
 
 import hashlib
 import json
@@ -327,7 +327,7 @@ def test_a_file_source_without_a_path_says_how_to_give_one():
         load(SourceSpec(kind="file"))
 
 
-def test_without_network_and_cache_the_starter_set_alone_remains_and_it_says_so(index, make_config, monkeypatch):
+def test_without_network_and_cache_what_is_shipped_remains_and_it_says_so(index, make_config, monkeypatch):
     monkeypatch.setenv("SO8T_OFFLINE", "1")
     spec = validate(make_config()).data
     held = set(spec.holdout_sources)

