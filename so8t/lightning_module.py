@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -129,25 +129,23 @@ class SO8TModule(L.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin_head(self, batches: Iterable[Batch], last_states: PrefixStore | None = None) -> None:
+    def begin_head(
+        self, batches: Iterable[Batch], last_states: PrefixStore | None = None, found: PrefixStore | None = None
+    ) -> None:
         """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with
         and that of the words, as its spec says; call once, before training from scratch. Their features are together in the
-        host's memory; they are the frozen base's, whose `last_states` are kept, unless figures of a gate are among them."""
+        host's memory. Where no figure of a gate is among them they are the frozen base's: both stores keep what is computed,
+        and what `found` has is not computed again."""
         model, head, columns, prompts, labels, weights = self.model, self.model.head, [], [], [], []
         frozen = not model.gates.command_is_read
-        store = last_states if frozen else None
-        with model.without_gates() if frozen else nullcontext(), nullcontext() if store is None else store.filling():
+        if not frozen:
+            last_states = found = None
+        with model.without_gates() if frozen else nullcontext(), _filling(last_states), _filling(found):
             for batch in batches:
                 prompts.append((batch.tokens, batch.mask))  # without answers, which would tell the labels
                 labels.append(batch.labels)
                 weights.append(self.class_weights.cpu()[batch.labels] * batch.weights)
-                there = move_data_to_device(batch, model.base.device)
-                hidden = self.cache.prefix(there.tokens, there.mask)
-                state, reads = model.trunk(hidden, there.mask, lead=shared_lead(there.tokens, there.mask))
-                columns.append(head.features_at(reads, there.mask, there.position).cpu())
-                if store is not None:
-                    for tokens, mask, last in zip(*prompts[-1], at_position(state, there.position).cpu(), strict=True):
-                        store.put(row_key(tokens[mask.bool()]), last[None])
+                columns.append(self._read_where_decided(batch, last_states, found))
         features, label, weight = torch.cat(columns), torch.cat(labels), torch.cat(weights)
         if head.spec.standardise:
             head.standardise(features)
@@ -167,6 +165,21 @@ class SO8TModule(L.LightningModule):
         if head.words is not None:
             fitted = fit(head.words.measure(prompts)[counted.numpy()], c=STRENGTH)
             head.words.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
+
+    def _read_where_decided(self, batch: Batch, last_states: PrefixStore | None, found: PrefixStore | None) -> Tensor:
+        """What the head reads at each row's decision, `[B, features]` on the host, and for `last_states` the state there."""
+        keys = [row_key(tokens[mask.bool()]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
+        if found is not None and all(key in found and (last_states is None or key in last_states) for key in keys):
+            return torch.cat([found.get(key) for key in keys])
+        there = move_data_to_device(batch, self.model.base.device)
+        hidden = self.cache.prefix(there.tokens, there.mask)
+        state, reads = self.model.trunk(hidden, there.mask, lead=shared_lead(there.tokens, there.mask))
+        features = self.model.head.features_at(reads, there.mask, there.position).cpu()
+        for store, rows in ((last_states, at_position(state, there.position).cpu()), (found, features)):
+            for key, row in zip(keys, rows, strict=True):
+                if store is not None:
+                    store.put(key, row[None])
+        return features
 
     @property
     def progress(self) -> float:
@@ -385,6 +398,10 @@ class SO8TModule(L.LightningModule):
             torch.set_rng_state(cpu.cpu())
         if cuda is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(cuda.cpu(), self.device)
+
+
+def _filling(store: PrefixStore | None) -> AbstractContextManager[None]:
+    return nullcontext() if store is None else store.filling()
 
 
 def _class_weights(loss: LossSpec, counts: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from so8t.data.store import PrefixStore
 from so8t.evaluation import frozen_features
 from so8t.lightning_module import SO8TModule
-from so8t.model import at_position
+from so8t.model import SO8TModel, at_position
 from so8t.training import prepare
 from tests.fixtures import C
 from tests.spies import Spy
@@ -63,7 +64,7 @@ def test_a_source_that_weighs_less_counts_less_where_the_head_begins(prepared):
 def test_a_run_whose_epoch_takes_a_share_of_the_rows_begins_with_a_probe_of_all_of_them(tiny_run, monkeypatch):
     seen = []
     begin = SO8TModule.begin_head
-    monkeypatch.setattr(SO8TModule, "begin_head", lambda self, batches, _: begin(self, seen.extend(batches) or seen))
+    monkeypatch.setattr(SO8TModule, "begin_head", lambda self, batches, *_: begin(self, seen.extend(batches) or seen))
     tiny_run("evaluate=false", "trainer.max_epochs=1", f"head.probe={C}", "trainer.limit_train_batches=0.5", f"+{SPY}")
     rows, stepped = (sum(len(batch.labels) for batch in batches) for batches in (seen, Spy.last.batches))
     assert len({int(row) for batch in seen for row in batch.rows}) == rows, "each once"
@@ -74,7 +75,7 @@ def test_a_run_on_part_of_the_rows_begins_with_a_probe_of_part_of_them(tiny_run,
     seen = []
     monkeypatch.setattr("so8t.training.STANDARDISE_ROWS", 40)
     begin = SO8TModule.begin_head
-    monkeypatch.setattr(SO8TModule, "begin_head", lambda self, batches, _: begin(self, seen.extend(batches) or seen))
+    monkeypatch.setattr(SO8TModule, "begin_head", lambda self, batches, *_: begin(self, seen.extend(batches) or seen))
     tiny_run("evaluate=false", "trainer.max_epochs=1", f"head.probe={C}", "trainer.limit_train_batches=2", f"+{SPY}")
     assert 40 <= sum(len(batch.labels) for batch in seen) < 80
     assert Spy.last.start["model.head.linear.weight"].std() > 0.002, "fitted, not random"
@@ -109,3 +110,20 @@ def test_the_probe_beside_an_evaluation_finds_the_frozen_states_of_the_training_
     size = {"batch_size": 16, "cache": module.cache}
     kept = frozen_features(module.model, data.train, data.template, store=store, **size)
     assert kept == pytest.approx(frozen_features(module.model, data.train, data.template, **size), abs=1e-4), "gates off"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_a_head_begins_is_read_once_for_all_runs(prepared, monkeypatch, dtype):
+    kept = f"cache.dtype={dtype}"
+    first = prepared(kept)[0].model.head.state_dict()
+    monkeypatch.setattr(SO8TModel, "trunk", lambda *_, **__: pytest.fail("it was read again"))
+    again = prepared(kept, "gate.init_std=1", "seed=3")[0].model.head.state_dict()
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_heads_that_read_something_else_or_a_gate_do_not_begin_where_another_did(prepared):
+    stores = Path(prepared()[2].cache.folder) / "so8t-prefix"
+    for more, count in (("head.reads=[0.25]", 2), ("head.pooling=token", 3), ("head.commutator=true", 3)):
+        assert prepared(more)[0].model.head.linear.weight.isfinite().all()
+        assert len([path for path in stores.glob("*-head-*") if path.is_dir()]) == count, more

@@ -1,5 +1,6 @@
-"""The prefix's output on disk: one folder per frozen prefix, filled once, shared by all runs and by several processes. In a
-folder of its own lies what the whole base makes of each row's last token, which the probe beside every evaluation reads.
+"""The prefix's output on disk: one folder per frozen prefix, filled once, shared by all runs and by several processes. In
+folders of their own lie what the whole frozen base makes of each row's last token, which the probe beside every evaluation
+reads, and what of it a head reads where it decides, on which it begins.
 
 A folder's name comes from everything that the states depend on: the weights below the cut as they are stored (quantisation
 included), the cut and the number format; a row is found by its tokens, the chat template's among them. States lie in segments,
@@ -128,7 +129,23 @@ class PrefixStore:
         return cls._of(base, spec, base.decoder, cut=0, keep=())
 
     @classmethod
-    def _of(cls, base: "SplitBase", spec: CacheSpec, frozen: nn.Module, *, cut: int, keep: tuple[int, ...]) -> "PrefixStore":
+    def of_head(cls, base: "SplitBase", spec: CacheSpec, reads: tuple[object, ...]) -> "PrefixStore":
+        """The store of what a head that reads so finds in the whole frozen base where it decides: `[1, features]` a row, in
+        float32, from a prefix that was stored as `spec` says."""
+        return cls._of(base, spec, base.decoder, cut=base.cut, keep=reads, kept_as=torch.float32, kind="-head")
+
+    @classmethod
+    def _of(
+        cls,
+        base: "SplitBase",
+        spec: CacheSpec,
+        frozen: nn.Module,
+        *,
+        cut: int,
+        keep: tuple[object, ...],
+        kept_as: torch.dtype | None = None,
+        kind: str = "",
+    ) -> "PrefixStore":
         from so8t.base import weights_digest  # transformers takes seconds, and a store without a base does not need it
 
         dtype = {"auto": base.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[spec.dtype]
@@ -146,8 +163,8 @@ class PrefixStore:
             "config": config,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        folder = store_root(spec.folder) / f"{base.spec.name}-k{cut}-{str(dtype).removeprefix('torch.')}-{digest}"
-        return cls(folder, dtype=dtype, max_bytes=int(spec.max_gib * 2**30))
+        name = f"{base.spec.name}-k{cut}{kind}-{str(dtype).removeprefix('torch.')}-{digest}"
+        return cls(store_root(spec.folder) / name, dtype=kept_as or dtype, max_bytes=int(spec.max_gib * 2**30))
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._fresh)
