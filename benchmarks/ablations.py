@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.ablations [--variants none pet_off ...] [--seeds 0 1 2] [--jobs 2] [OVERRIDE ...]
 
 Every run is `train.py` in a process of its own, one thread each, into `multirun/ablations/VARIANT/SEED`; runs that are there
-already are not run again, so it can be stopped and goes on. The task loss, which no decision depends on, and the rationales are
-left out. `so8t compare` then tells the default and each variant apart. Writes `results/ablations.json` and `.png`; of variants
+already are not run again, so it can be stopped and goes on. The task loss, on which no decision depends by default, and the
+rationales are left out. `so8t compare` then tells the default and each variant apart. Writes `results/ablations.json` and `.png`; of variants
 whose runs are not on this machine the file keeps what it says. A question each, the same are Hydra sweeps: `hparams_search`.
 """
 
@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "pet_off": ("pet=none",),
     "inertia_only": ("pet.weight=0",),
     "temporal_only": ("pet.inertia_weight=0",),
+    "pet_stronger": ("pet.weight=0.3", "pet.max_share=0.3"),
     "pet_strong": ("pet.weight=1", "pet.max_share=0.5"),
     "pet_constant": ("experiment=pet_schedule/constant",),
     "pet_late": ("experiment=pet_schedule/late",),
@@ -63,6 +64,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     # losses, data, recipe
     "no_costs": ("experiment=costs/none",),
     "strict_costs": ("experiment=costs/strict",),
+    "task_all": ("loss.task_weight=0.1", "loss.task_reaches=all"),  # where it reaches R_cmd alone, no decision depends on it
     "no_path": ("loss.path_weight=0",),
     "not_framed": ("data.framed=0",),
     "framed_more": ("data.framed=0.3",),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from so8t.base import BaseSpec, SplitBase, load_base
 from so8t.cli import main
 from so8t.console import quieten
+from so8t.data.records import read_jsonl
 from so8t.gates import GateSpec
 from so8t.labels import LABELS
 from so8t.model import HeadSpec, SO8TModel
@@ -204,6 +205,13 @@ def prepared(make_config, rows_file):
         return module.eval(), data, config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def requests_beside() -> set[str]:
+    """Requests of the sets in `benchmarks`, which nothing may be trained on, in lower case."""
+    files = [ROOT / "benchmarks" / name for name in ("field.jsonl", "plain.jsonl")]
+    return {r.user_request.casefold() for file in files for r in read_jsonl(file)[0]}
 
 
 # -- runs of their own, and many command lines in one interpreter ------------------------------------------------------

@@ -363,7 +363,10 @@ def test_what_a_finished_run_says_is_read_though_a_new_one_would_be_refused(make
         (("head.commutator=true", "gate.last=false"), r"about the last gate: set gate\.last=true"),
         (("gate.triality=true", "gate.map=cayley"), r"needs gate\.map=exp: cayley does not"),
         (("head.reads=[3,last]",), r"head\.reads.*3.*less than or equal to 1"),
-        (("data=starter", "~data.sources.starter", "~data.sources.everyday"), r"data\.sources is empty"),
+        (
+            ("data=starter", "~data.sources.starter", "~data.sources.everyday", "~data.sources.stakes"),
+            r"data\.sources is empty",
+        ),
         (("head.reads=[]",), r"head\.reads is empty"),
         (("objective=test/macro_f1", "evaluate=false"), r"objective=test/macro_f1 needs evaluate=true"),
         (("objective=unseen/macro_f1", "data.holdout_sources=[]"), r"objective=unseen/macro_f1 needs data\.holdout_sources"),

@@ -1,11 +1,10 @@
 """The everyday set: what it promises to be, and that plain wording alone does not make a request benign."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from so8t.data.records import Record, read_jsonl
+from so8t.data.records import Record
 from so8t.data.sources import load_shipped
 from so8t.data.splits import near_duplicates
 from so8t.labels import LABELS, Label
@@ -59,10 +58,3 @@ def test_no_row_says_its_own_label_or_stands_in_the_sets_beside(everyday, reques
         assert not any(name in record.user_request for name in LABELS), record
         assert record.user_request.casefold() not in requests_beside
         assert (record.source, record.licence) == ("everyday", "Apache-2.0")
-
-
-@pytest.fixture(scope="module")
-def requests_beside() -> set[str]:
-    """Requests of the sets beside, which nothing may be trained on."""
-    folder = Path(__file__).parents[1] / "benchmarks"
-    return {r.user_request.casefold() for name in ("field.jsonl", "plain.jsonl") for r in read_jsonl(folder / name)[0]}

@@ -24,7 +24,7 @@ from so8t.specs import NotNegative, PositiveInt, spec
 log = logging.getLogger(__name__)
 
 LabelOrSkip = Literal["ALLOW", "ESCALATE", "REFUSE", "SKIP"]
-Shipped = Literal["starter", "everyday"]
+Shipped = Literal["starter", "everyday", "stakes"]
 """Sets that were written for this project and lie beside this file, a folder each."""
 
 
@@ -73,7 +73,7 @@ class HubSpec:
 
 @spec
 class SourceSpec:
-    """One source. `kind=starter` and `kind=everyday` need nothing else; `kind=wheel` needs `wheel`, `members`,
+    """One source. `kind=starter`, `everyday` and `stakes` need nothing else; `kind=wheel` needs `wheel`, `members`,
     `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and `rules`, and reads `path` instead of the hub's files where
     it is set; `kind=file` needs `path`.
 
