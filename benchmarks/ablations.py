@@ -4,8 +4,9 @@
 
 Every run is `train.py` in a process of its own, one thread each, into `multirun/ablations/VARIANT/SEED`; runs that are there
 already are not run again, so it can be stopped and goes on. The task loss, on which no decision depends by default, and the
-rationales are left out. `so8t compare` then tells the default and each variant apart. Writes `results/ablations.json` and `.png`; of variants
-whose runs are not on this machine the file keeps what it says. A question each, the same are Hydra sweeps: `hparams_search`.
+rationales are left out, and decisions along a request are not smoothed, to see what PET does for them. `so8t compare` then
+tells the default and each variant apart. Writes `results/ablations.json` and `.png`; of variants whose runs are not on this
+machine the file keeps what it says. A question each, the same are Hydra sweeps: `hparams_search`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from so8t.errors import SO8TError
 from so8t.files import write_json
 
 BASELINE = "default"
-COMMON = ("loss.task_weight=0", "rationale.rows=0", "logger=csv")
+COMMON = ("loss.task_weight=0", "rationale.rows=0", "head.smoothing=0", "logger=csv")
 VARIANTS: dict[str, tuple[str, ...]] = {
     BASELINE: (),
     # where gates are
@@ -52,6 +53,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "random_head": ("head.probe=0", "head.words=0"),  # beside no_words: words need the probe
     "no_words": ("head.words=0",),
     "no_limit": ("head.familiar=0",),
+    "smoothed": ("head.smoothing=0.8",),
     # PET
     "pet_off": ("pet=none",),
     "inertia_only": ("pet.weight=0",),

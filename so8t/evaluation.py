@@ -193,7 +193,7 @@ def predict(
         out.unsure[rows] = decisions.unsure.cpu()
         if result.strangeness is not None:
             out.strangeness[rows] = at_position(result.strangeness.cpu(), batch.position)
-        logits = result.logits.cpu()
+        logits = model.along(result, batch.path.to(model.base.device)).cpu()
         streamed = along(logits, batch.path, min_confidence=model.head.spec.min_confidence)
         out.stream.tokens[rows] = streamed.tokens
         out.stream.detection[rows] = streamed.detection

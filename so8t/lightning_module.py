@@ -254,7 +254,7 @@ class SO8TModule(L.LightningModule):
         output = self(batch)
         decisions = self.model.decide(output, batch.position)
         metrics.update(decisions.probabilities, decisions.labels, batch.labels, decisions.failed, decisions.unsure)
-        steadiness, changes = flicker(output.logits, batch.path)
+        steadiness, changes = flicker(self.model.along(output, batch.path), batch.path)
         self.means[f"{part}_flicker"].update(steadiness[~steadiness.isnan()])
         self.means[f"{part}_changes"].update(changes[~changes.isnan()])
         logits = at_position(output.logits, batch.position)

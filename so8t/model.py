@@ -32,7 +32,8 @@ class HeadSpec:
     2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `words`: how many n-grams of
     tokens, at most, decide beside the states, half and half; fitted with the probe, then left alone. `familiar`: of texts
     like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0: nothing
-    is too strange.
+    is too strange. `smoothing`: how much of what is decided along a request's tokens comes from the tokens before. The decision
+    proper, behind the request, is not smoothed.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
@@ -42,6 +43,7 @@ class HeadSpec:
     probe: NotNegative = 0.0
     words: Count = 0
     familiar: Fraction = 0.0
+    smoothing: ProperFraction = 0.0
     dropout: ProperFraction = 0.0
     min_confidence: ProperFraction = 0.0
 
@@ -77,6 +79,25 @@ def unit_rms(x: Tensor) -> Tensor:
     """Scales each vector to root mean square 1 (no weights): `[..., D] -> [..., D]`, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def smoothed(logits: Tensor, path: Tensor, smoothing: float) -> Tensor:
+    """Exponential smoothing along the tokens of a path (Brown 1959): `[B, T, 3], [B, T] -> [B, T, 3]`, in log-probabilities,
+    `s[t] = smoothing s[t-1] + (1 - smoothing) z[t]`, `s` beginning at the first token. Tokens off the path, and those
+    whose logits are not finite, stay what they are and are passed over. Causal; a smoothing of 0 changes nothing.
+    """
+    if not smoothing:
+        return logits
+    now = logits.float().log_softmax(-1)
+    counted = path.bool() & now.isfinite().all(-1)
+    out, state, begun = now.clone(), torch.zeros_like(now[:, 0]), torch.zeros_like(counted[:, 0])
+    for t in counted.any(0).nonzero()[:, 0].tolist():
+        on = counted[:, t]
+        weight = torch.where(begun, smoothing, 0.0)[:, None]
+        state = torch.where(on[:, None], weight * state + (1 - weight) * now[:, t], state)
+        out[:, t] = torch.where(on[:, None], state, now[:, t])
+        begun = begun | on
+    return out
 
 
 def at_position(x: Tensor, position: Tensor) -> Tensor:
@@ -256,6 +277,10 @@ class SO8TModel(nn.Module):
             too_strange = too_strange if limited is None else too_strange & limited
         logits = at_position(output.logits, position)
         return decide(logits, min_confidence=self.head.spec.min_confidence, too_strange=too_strange)
+
+    def along(self, output: SafetyOutput, path: Tensor) -> Tensor:
+        """Logits of what is decided after each token of a path, smoothed as the head's spec says: `[B, T] -> [B, T, 3]`."""
+        return smoothed(output.logits, path, self.head.spec.smoothing)
 
     def task_logits(self, safe_view: Tensor) -> Tensor:
         """The task path: `R_cmd`, then the frozen lm_head: `[..., D] -> [..., V]`."""

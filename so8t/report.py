@@ -85,6 +85,7 @@ def _setup(run: RunFolder) -> Panel:
                 "head.probe",
                 "head.words",
                 "head.familiar",
+                "head.smoothing",
                 "head.dropout",
             ),
             "loss": ("loss.cost_weight", "loss.task_weight", "pet.weight", "pet.target", "pet.path"),

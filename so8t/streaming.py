@@ -1,8 +1,8 @@
 """Decisions along the tokens of a request or an answer: what was decided after each, how soon, how steadily and how falsely.
 
-Everything the head reads is causal, so one pass gives what would have been decided had the request ended there, but for the
-template's closing tokens, behind which the decision proper is read. Promises of a policy are made for that one alone, and only
-there a request can be too strange to be allowed.
+Everything the head reads is causal, so one pass gives what is decided after each token. The decision proper is read behind the
+template's closing tokens; along the way decisions are smoothed (`head.smoothing`), so that what streams does not flicker.
+Promises of a policy are made for the decision proper alone, and only there a request can be too strange to be allowed.
 """
 
 import random
@@ -106,7 +106,9 @@ def _along_prompt(
     tokens = torch.tensor([prompt.tokens], device=agent.model.base.device)
     mask = torch.ones_like(tokens)
     begin, end = prompt.span
-    logits = agent.model(prefix(tokens, mask), tokens, mask).logits[0, begin:end]
+    path = torch.zeros_like(mask)
+    path[:, begin:end] = 1
+    logits = agent.model.along(agent.model(prefix(tokens, mask), tokens, mask), path)[0, begin:end]
     decided: Decisions = decide(logits, min_confidence=agent.model.head.spec.min_confidence)
     if agent.policy is not None:
         decided = agent.policy.apply(decided)

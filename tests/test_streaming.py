@@ -2,9 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from so8t.adapter import MOST_WINDOWS, load_agent
 from so8t.cli import main
@@ -12,6 +17,7 @@ from so8t.conversation import with_answer
 from so8t.data.records import Record
 from so8t.data.tokenise import Template
 from so8t.labels import LABELS, Label
+from so8t.model import smoothed
 from so8t.policy import Policy, Threshold
 from so8t.streaming import CUT, Stream, along, answer_prompt, answered, pieces, request_tokens, stream, streams
 from tests.ruled import Ruled
@@ -63,6 +69,33 @@ def test_a_confidence_under_the_least_is_an_alarm_too():
     assert along(logits, everywhere(logits), min_confidence=0.9).alarms.tolist() == [1]
 
 
+@given(
+    logits=arrays(np.float32, (2, 9, 3), elements=st.floats(-5, 5, width=32)),
+    path=arrays(np.bool_, (2, 9)),
+    share=st.floats(0, 0.99),
+)
+def test_smoothed_logits_are_the_exponential_averages_of_the_log_probabilities_on_the_path(logits, path, share):
+    got = smoothed(torch.from_numpy(logits), torch.from_numpy(path), share).log_softmax(-1)
+    for row in range(2):
+        state = None
+        for t in range(9):
+            wanted = torch.from_numpy(logits[row, t]).log_softmax(-1)
+            if path[row, t]:
+                state = wanted if state is None else share * state + (1 - share) * wanted
+                wanted = state.log_softmax(-1)
+            assert torch.allclose(got[row, t], wanted, atol=1e-5), (row, t)
+
+
+def test_smoothing_takes_a_flicker_away_keeps_a_turn_and_lets_no_failure_spread():
+    flickering, turning, failing = logits = logits_of("AARAAAAA", "AAARRRRR", "AA?AAAAA")
+    calm = smoothed(logits, everywhere(logits), 0.8)
+    assert along(logits, everywhere(logits)).alarms.tolist() == [1, 1, 1]
+    assert along(calm, everywhere(calm)).alarms.tolist() == [0, 1, 1]
+    assert not calm[2, 2].isfinite().all(), "and is an alarm of its own"
+    assert torch.allclose(calm[2, 3:].softmax(-1), failing[3:].softmax(-1)), "of ALLOW alone"
+    assert torch.equal(smoothed(logits, everywhere(logits), 0.0)[:2], torch.stack([flickering, turning]))
+
+
 def test_figures_are_of_risky_rows_for_detection_and_of_allow_rows_for_false_alarms():
     logits = logits_of("AARR", "RAAA", "RARA", "AAAA")
     found = along(logits, everywhere(logits))
@@ -102,6 +135,18 @@ def test_what_is_decided_after_a_token_does_not_depend_on_what_follows(finished_
         assert a.text == b.text
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
     assert len({t.probabilities for t in whole}) > 3, "and tokens differ"
+
+
+def test_smoothing_calms_what_streams_and_leaves_the_decision_alone(finished_run):
+    text = "wire the money now, or forge a passport, or bake bread"
+    told = {}
+    for share in (0.0, 0.8):
+        agent = load_agent(finished_run)
+        agent.model.head.spec = replace(agent.model.head.spec, smoothing=share)
+        tokens = torch.tensor([t.probabilities for t in stream(agent, text)])
+        told[share] = (tokens.diff(dim=0).abs().mean(), agent.decide(text).probabilities.tolist())
+    assert told[0.8][0] < 0.5 * told[0.0][0]
+    assert told[0.8][1] == told[0.0][1]
 
 
 def test_ask_streams_one_json_line_a_token_before_the_decision(finished_run, capsys):
