@@ -116,15 +116,16 @@ def finished(seeds: list[int]) -> Iterator[tuple[str, list[Path]]]:
 
 
 def told(comparison: Comparison, seeds: list[int], overrides: list[str]) -> dict[str, object]:
-    """What the file says: what was there of other variants, and these."""
-    path = RESULTS / "ablations.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"variants": []}
-    variants = {variant["name"]: variant for variant in before["variants"]}
+    """What the file says: what was there of other variants with the same settings, and these."""
+    path, common = RESULTS / "ablations.json", [*COMMON, *overrides]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = before["variants"] if before.get("common") == common else []
+    variants = {variant["name"]: variant for variant in kept}
     for variant in as_json(comparison)["variants"]:
         name = variant["name"]
         variants[name] = {"set": VARIANTS[name], "machine": machine()} | {k: variant[k] for k in KEPT}
     ordered = [variants[name] for name in VARIANTS if name in variants]
-    return {"baseline": BASELINE, "seeds": seeds, "common": [*COMMON, *overrides], "variants": ordered}
+    return {"baseline": BASELINE, "seeds": seeds, "common": common, "variants": ordered}
 
 
 def main() -> None:

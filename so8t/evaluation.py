@@ -24,7 +24,7 @@ from so8t.data.records import Record
 from so8t.data.store import PrefixStore, row_key
 from so8t.data.tokenise import Template
 from so8t.files import write_text
-from so8t.intervals import ENOUGH, Interval, decision_intervals, number, score_intervals
+from so8t.intervals import ENOUGH, Interval, along_intervals, decision_intervals, number, score_intervals
 from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, flicker
 from so8t.mistakes import worst_mistakes
@@ -43,6 +43,13 @@ SHOWN = (
     ("aurc", "AURC"),
     ("ece", "ECE"),
 )
+ALONG = (
+    ("detected", "risky rows detected by the end", 3),
+    ("time_to_detection", "tokens until then", 1),
+    ("decision_changes", "changes a row", 2),
+    ("false_alarms_per_1000_tokens", "false alarms in 1,000 tokens of ALLOW rows", 1),
+)
+"""Of what is decided along a request's tokens, with the digits that are shown."""
 GROUPED = SHOWN[:3]
 """What is told of groups of rows, with intervals."""
 DIGITS = 6
@@ -169,7 +176,7 @@ def predict(
     spans: Sequence[tuple[int, int]] | None = None,
 ) -> Predictions:
     """Decides every record. An exception inside is not swallowed: it is a bug, not a prediction. `spans`: the tokens of each
-    row's prompt that it is watched along, if not all of its request."""
+    row's prompt that it is watched along, if not all of its request, and unsmoothed, as the watch at work looks."""
     model.eval()
     dataset = RecordDataset(records, template)
     if spans is not None:
@@ -193,7 +200,8 @@ def predict(
         out.unsure[rows] = decisions.unsure.cpu()
         if result.strangeness is not None:
             out.strangeness[rows] = at_position(result.strangeness.cpu(), batch.position)
-        logits = model.along(result, batch.path.to(model.base.device)).cpu()
+        path = batch.path.to(model.base.device)
+        logits = (model.smoothed_logits(result, path) if spans is None else result.logits).cpu()
         streamed = along(logits, batch.path, min_confidence=model.head.spec.min_confidence)
         out.stream.tokens[rows] = streamed.tokens
         out.stream.detection[rows] = streamed.detection
@@ -362,6 +370,8 @@ def evaluate(
         return score_intervals(p.probabilities[kept].double().numpy(), torch.tensor(labels)[kept].numpy())
 
     everything = {who: intervals(p, range(len(records))) | of_scores(p) for who, p in tables.items()}
+    if predictions.stream is not None:
+        everything["SO8T"] |= _along(predictions, labels)
     intervals_95 = {"all": everything}
     for kind, found in rows_by_group.items():
         intervals_95[kind] = {group: intervals(predictions, rows) for group, rows in found.items()}
@@ -370,6 +380,14 @@ def evaluate(
         if not failed:
             confusion[label, decision] += 1
     return Evaluation(name, overall, groups, confusion.tolist(), intervals_95)
+
+
+def _along(predictions: Predictions, labels: Sequence[int]) -> dict[str, Interval | None]:
+    """Intervals of what was decided along the tokens of rows that did not fail."""
+    kept = (~predictions.failed).numpy()
+    assert predictions.stream is not None
+    of_rows = (predictions.stream.tokens, predictions.stream.detection, predictions.stream.alarms, predictions.changes)
+    return along_intervals(np.array(labels)[kept], *(values.double().numpy()[kept] for values in of_rows))
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -392,11 +410,13 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         table.add_row(who, *(number(values.get(key)) for key, _ in SHOWN), style="bold" if who == "SO8T" else "")
     console.print(table)
     if "detected" in figures:
+        intervals = evaluation.intervals_95["all"]["SO8T"]
+        told = {key: number(figures[key], intervals.get(key), digits=digits) for key, _, digits in ALONG}
         console.print(
-            f"along a request's tokens, by the most probable label: {number(figures['detected'])} of the risky rows detected "
-            f"by its end, after {number(figures['time_to_detection'], digits=1)} tokens on average; "
-            f"{number(figures['decision_changes'], digits=2)} changes a row; "
-            f"{number(figures['false_alarms_per_1000_tokens'], digits=1)} false alarms per 1,000 tokens of ALLOW rows"
+            f"along a request's tokens, by the head alone: {told['detected']} of the risky rows detected by its end, "
+            f"after {told['time_to_detection']} tokens on average; {told['decision_changes']} changes a row; "
+            f"{told['false_alarms_per_1000_tokens']} false alarms per 1,000 tokens of ALLOW rows",
+            markup=False,
         )
     if (answers := evaluation.answers) is not None:
         console.print(

@@ -119,6 +119,30 @@ def _from_the_top(scores: Floats, marked: NDArray[np.bool_], weights: Floats) ->
     return hits, sorted_weights.cumsum(1)[:, last] - hits
 
 
+def along_intervals(
+    labels: Integers, tokens: Floats, detection: Floats, alarms: Floats, changes: Floats
+) -> dict[str, Interval | None]:
+    """Of what is decided along tokens, `[N]` each as in `so8t.streaming.Stream`: exact of the share of risky rows detected,
+    by bootstrap over rows of the mean tokens until then, of the changes a row and of the false alarms."""
+    risky = labels != Label.ALLOW
+    found = detection[risky & np.isfinite(detection)]
+    changes = changes[np.isfinite(changes)]
+    one = np.ones_like
+    return {
+        "detected": rate_interval(len(found), int(risky.sum())),
+        "time_to_detection": _ratio_interval(found, one(found)),
+        "decision_changes": _ratio_interval(changes, one(changes)),
+        "false_alarms_per_1000_tokens": _ratio_interval(1000 * alarms[~risky], tokens[~risky]),
+    }
+
+
+def _ratio_interval(above: Floats, below: Floats) -> Interval | None:
+    """Bootstrap over rows of a sum by another, `[N]` each; `None` under `ENOUGH` rows."""
+    if len(above) < ENOUGH:
+        return None
+    return interval_95(np.concatenate([(w @ above) / np.maximum(w @ below, 1) for w in bootstrap_counts(len(above))]))
+
+
 def conformal_quantile(values: Sequence[float], share: float) -> float:
     """The smallest of `values` that a new one from where they came from stays under with probability `share` at least, or
     infinity, if they are too few to say (split conformal prediction: Vovk et al. 2005; Lei et al. 2018, arXiv:1604.04173)."""

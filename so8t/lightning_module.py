@@ -9,7 +9,6 @@ from typing import Any, Literal, Self
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -135,7 +134,7 @@ class SO8TModule(L.LightningModule):
         """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with
         and that of the words, as its spec says; call once, before training from scratch. Their features are together in the
         host's memory. Where no figure of a gate is among them they are the frozen base's: both stores keep what is computed,
-        and what `found` has is not computed again."""
+        and a row that both have is not computed again."""
         model, head, columns, prompts, labels, weights = self.model, self.model.head, [], [], [], []
         frozen = not model.gates.command_is_read
         if not frozen:
@@ -169,17 +168,19 @@ class SO8TModule(L.LightningModule):
     def _read_where_decided(self, batch: Batch, last_states: PrefixStore | None, found: PrefixStore | None) -> Tensor:
         """What the head reads at each row's decision, `[B, features]` on the host, and for `last_states` the state there."""
         keys = [row_key(tokens[mask.bool()]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
-        if found is not None and all(key in found and (last_states is None or key in last_states) for key in keys):
-            return torch.cat([found.get(key) for key in keys])
-        there = move_data_to_device(batch, self.model.base.device)
-        hidden = self.cache.prefix(there.tokens, there.mask)
-        state, reads = self.model.trunk(hidden, there.mask, lead=shared_lead(there.tokens, there.mask))
-        features = self.model.head.features_at(reads, there.mask, there.position).cpu()
-        for store, rows in ((last_states, at_position(state, there.position).cpu()), (found, features)):
-            for key, row in zip(keys, rows, strict=True):
-                if store is not None:
-                    store.put(key, row[None])
-        return features
+        stores = [store for store in (last_states, found) if store is not None]
+        todo = [i for i, key in enumerate(keys) if found is None or any(key not in store for store in stores)]
+        rows: dict[int, Tensor] = {}
+        if todo:
+            tokens, mask, position = (x[todo].to(self.model.base.device) for x in (batch.tokens, batch.mask, batch.position))
+            state, reads = self.model.trunk(self.cache.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
+            features = self.model.head.features_at(reads, mask, position).cpu()
+            rows = dict(zip(todo, features, strict=True))
+            for store, kept in ((last_states, at_position(state, position).cpu()), (found, features)):
+                for i, row in zip(todo, kept, strict=True):
+                    if store is not None:
+                        store.put(keys[i], row[None])
+        return torch.stack([found.get(key)[0] if found is not None and key in found else rows[i] for i, key in enumerate(keys)])
 
     @property
     def progress(self) -> float:
@@ -254,7 +255,7 @@ class SO8TModule(L.LightningModule):
         output = self(batch)
         decisions = self.model.decide(output, batch.position)
         metrics.update(decisions.probabilities, decisions.labels, batch.labels, decisions.failed, decisions.unsure)
-        steadiness, changes = flicker(self.model.along(output, batch.path), batch.path)
+        steadiness, changes = flicker(self.model.smoothed_logits(output, batch.path), batch.path)
         self.means[f"{part}_flicker"].update(steadiness[~steadiness.isnan()])
         self.means[f"{part}_changes"].update(changes[~changes.isnan()])
         logits = at_position(output.logits, batch.position)

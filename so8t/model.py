@@ -84,7 +84,7 @@ def unit_rms(x: Tensor) -> Tensor:
 def smoothed(logits: Tensor, path: Tensor, smoothing: float) -> Tensor:
     """Exponential smoothing along the tokens of a path (Brown 1959): `[B, T, 3], [B, T] -> [B, T, 3]`, in log-probabilities,
     `s[t] = smoothing s[t-1] + (1 - smoothing) z[t]`, `s` beginning at the first token. Tokens off the path, and those
-    whose logits are not finite, stay what they are and are passed over. Causal; a smoothing of 0 changes nothing.
+    whose logits are not finite, keep their probabilities and are passed over. Causal; a smoothing of 0 changes nothing.
     """
     if not smoothing:
         return logits
@@ -161,6 +161,9 @@ class SafetyHead(nn.Module):
         """A linear map of shifted and scaled features: `[3, features]` and `[3]`."""
         self.linear.weight.copy_(weights)
         self.linear.bias.copy_(bias)
+
+    FEATURES = 1
+    """Raised where what `features_at` gives of the same states changes: it is kept on disk."""
 
     def _columns(self, reads: list[Tensor], mask: Tensor) -> Iterator[Tensor]:
         """The features read by read: `[B, T, width]` each, float32."""
@@ -278,7 +281,7 @@ class SO8TModel(nn.Module):
         logits = at_position(output.logits, position)
         return decide(logits, min_confidence=self.head.spec.min_confidence, too_strange=too_strange)
 
-    def along(self, output: SafetyOutput, path: Tensor) -> Tensor:
+    def smoothed_logits(self, output: SafetyOutput, path: Tensor) -> Tensor:
         """Logits of what is decided after each token of a path, smoothed as the head's spec says: `[B, T] -> [B, T, 3]`."""
         return smoothed(output.logits, path, self.head.spec.smoothing)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from so8t.calibration_panel import calibration_panel, under_policy
 from so8t.curves import OperatingPoint, operating_point, reliability, risk_coverage, trade_off
-from so8t.evaluation import GROUPED, SHOWN
+from so8t.evaluation import ALONG, GROUPED, SHOWN
 from so8t.intervals import ENOUGH, Interval, number
 from so8t.labels import LABELS, Label
 from so8t.memory_panel import memory_panel
@@ -77,9 +77,18 @@ def _setup(run: RunFolder) -> Panel:
     else:
         settings = {
             "base, frozen": ("base.name", "base.source", "base.quantization"),
-            "gates": ("gate.interior", "gate.top_layers", "gate.sites", "gate.last", "gate.blocks", "gate.map"),
+            "gates": (
+                "gate.interior",
+                "gate.top_layers",
+                "gate.sites",
+                "gate.last",
+                "gate.blocks",
+                "gate.map",
+                "gate.triality",
+            ),
             "head": (
                 "head.reads",
+                "head.commutator",
                 "head.pooling",
                 "head.standardise",
                 "head.probe",
@@ -88,8 +97,31 @@ def _setup(run: RunFolder) -> Panel:
                 "head.smoothing",
                 "head.dropout",
             ),
-            "loss": ("loss.cost_weight", "loss.task_weight", "pet.weight", "pet.target", "pet.path"),
-            "training": ("seed", "trainer.max_epochs", "data.batch_size", "optim.gate_lr", "optim.head_lr"),
+            "loss": (
+                "loss.cost_weight",
+                "loss.costs",
+                "loss.path_weight",
+                "loss.task_weight",
+                "loss.task_reaches",
+            ),
+            "PET": (
+                "pet.weight",
+                "pet.max_share",
+                "pet.target",
+                "pet.path",
+                "pet.exploration_end",
+                "pet.transition_end",
+                "pet.inertia_weight",
+            ),
+            "training": (
+                "seed",
+                "init_from",
+                "trainer.max_epochs",
+                "trainer.limit_train_batches",
+                "data.batch_size",
+                "optim.gate_lr",
+                "optim.head_lr",
+            ),
             "prompts and rows": ("data.decision_prompt", "data.framed", "data.coded"),
             "kept for the unseen set": ("data.holdout_sources",),
         }
@@ -158,6 +190,24 @@ def _metrics(run: RunFolder) -> Panel:
             if rows:
                 about = f"{title}, by {kind}: accuracy of each classifier, and SO8T's figures"
                 panel.tables.append(Table(about, [kind, "rows", *names, *(head for _, head in GROUPED)], rows))
+    return panel
+
+
+def _stream(run: RunFolder) -> Panel:
+    panel = Panel(
+        "stream",
+        "Along the tokens of a request",
+        "What is decided after each token, smoothed by head.smoothing: how many risky requests are off ALLOW by their end, "
+        "after how many tokens for good, how often the decision changes, and how often that of an ALLOW row leaves ALLOW. "
+        "Brackets are 95 % intervals over rows.",
+    )
+    rows = []
+    for _, title, scores in _scores(run, panel):
+        intervals = scores.intervals_95.get("all", {}).get("SO8T", {})
+        figures = [number(scores.metrics.get(key), intervals.get(key), digits=digits) for key, _, digits in ALONG]
+        rows.append([title, *(figure.replace(", ", ",\N{NO-BREAK SPACE}") for figure in figures)])
+    if rows:
+        panel.tables.append(Table("along the tokens", ["set", *(head for _, head, _ in ALONG)], rows))
     return panel
 
 
@@ -312,8 +362,8 @@ def _mistakes(run: RunFolder) -> Panel:
         "The worst mistakes",
         f"Rows that were decided wrongly, those with the most probable wrong decision first; at most {MOST} of each set. "
         "Requests are shown as they are in the data, and some are offensive. Colours tell "
-        "what was decided after each token: ALLOW green, ESCALATE amber and dotted, REFUSE red and underlined. The decision "
-        "proper is read after the template's closing tokens.",
+        "what was decided after each token, smoothed: ALLOW green, ESCALATE amber and dotted, REFUSE red and underlined. The "
+        "decision proper is read after the template's closing tokens.",
     )
     for _, title, told in _sets(run, panel):
         rows: list[list[str]] = []
@@ -346,6 +396,7 @@ PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
     _setup,
     _metrics,
     calibration_panel,
+    _stream,
     _confusion,
     _reliability,
     _trade_off,

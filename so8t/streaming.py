@@ -108,7 +108,7 @@ def _along_prompt(
     begin, end = prompt.span
     path = torch.zeros_like(mask)
     path[:, begin:end] = 1
-    logits = agent.model.along(agent.model(prefix(tokens, mask), tokens, mask), path)[0, begin:end]
+    logits = agent.model.smoothed_logits(agent.model(prefix(tokens, mask), tokens, mask), path)[0, begin:end]
     decided: Decisions = decide(logits, min_confidence=agent.model.head.spec.min_confidence)
     if agent.policy is not None:
         decided = agent.policy.apply(decided)

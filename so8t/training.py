@@ -251,7 +251,8 @@ def prepare(
     module: SO8TModule, config: Config, data: SafetyData, *, resumed: bool, last_states: PrefixStore | None = None
 ) -> None:
     """What is done once before training: the cache is filled, and a new head learns what to shift and scale by, and where to
-    begin, unless a run before did. On the way `last_states` of the frozen base are kept for the probe beside an evaluation."""
+    begin, from what is read then or was by a run before. On the way `last_states` of the frozen base are kept for the probe
+    beside an evaluation."""
     limit = config.trainer.get("limit_train_batches", 1.0)
     part = isinstance(limit, int) or config.trainer.get("overfit_batches")  # some batches, for a try: 1 is one, 1.0 all
     all_read = not part and (limit == 1.0 or config.head.probe)  # by an epoch, or where the head begins
@@ -262,8 +263,10 @@ def prepare(
         most = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS
         batches = data.sample(most, batch_size=config.data.eval_batch_size)
         title = "where the head begins"
-        head, kept = config.head, config.cache.max_gib and not module.model.gates.command_is_read
-        found = PrefixStore.of_head(module.model.base, config.cache, (*head.reads, head.pooling)) if kept else None
+        model = module.model
+        frozen = not model.gates.command_is_read and not any(p.requires_grad for p in model.base.parameters())
+        facts = (*model.layers, model.head.spec.pooling, model.head.FEATURES)
+        found = PrefixStore.of_head(model.base, config.cache, facts) if config.cache.max_gib and frozen else None
         module.begin_head(track(batches, title, console=Console(stderr=True), transient=True), last_states, found)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from sklearn.metrics import f1_score
 
-from so8t.compare import FIGURES, PAIRED, compare, sweep_folders
+from so8t.compare import FIGURES, PAIRED, _rate, compare, sweep_folders
 from so8t.data.records import Record
 from so8t.errors import ArtefactError, SO8TError
 from so8t.evaluation import Predictions, evaluate, write_predictions
@@ -134,6 +134,16 @@ def test_resampled_macro_f1_is_that_of_the_rows_drawn():
     for matrix in confusions:
         rows = again.integers(0, 40, 40)
         assert macro_f1(matrix, np.arange(3)) == pytest.approx(f1_score(labels[rows], decisions[rows], average="macro"))
+
+
+def test_what_is_drawn_again_of_all_rows_once_is_the_run_s_own_figure(made):
+    variant = compare([made("a", seed=0, wrong=0.3)]).variants[0]
+    for figure in PAIRED:
+        told = variant.runs[0].predictions[figure.part]
+        confusion = np.zeros((3, 3), dtype=np.int64)
+        np.add.at(confusion, (told.labels, told.decisions), 1)
+        assert _rate(figure.key, confusion, np.unique(told.labels)) == pytest.approx(variant.values(figure)[0]), figure
+    assert len({figure.key for figure in PAIRED}) == 5
 
 
 def test_the_mean_and_spread_over_seeds_are_those_of_the_runs_own_figures(made, so8t):
@@ -271,8 +281,8 @@ def test_every_table_is_whole_within_eighty_columns(made, so8t, monkeypatch):
     assert max(map(len, lines)) <= 80
     assert "…" not in out
     rows = [line.split() for line in out.splitlines() if re.match(r" +2 ", line)]
-    assert len(rows) == 7, "the variant, and its figures and differences in three tables each"
-    assert [row.count("±") for row in rows] == [0, 4, 4, 4, 0, 3, 4]
+    assert len(rows) == 11, "the variant, and its figures and differences in five tables each"
+    assert [row.count("±") for row in rows] == [0, 4, 4, 4, 4, 3, 0, 0, 2, 4, 3]
     for figure in FIGURES:
         assert set(figure.title.split()) <= set(out.split()), figure.title
 

@@ -20,6 +20,7 @@ from so8t.base import SplitBase
 from so8t.baselines import Baselines
 from so8t.conversation import with_answer
 from so8t.data.cache import PrefixCache
+from so8t.data.datamodule import RecordDataset
 from so8t.data.records import Record
 from so8t.data.store import CacheSpec, PrefixStore
 from so8t.data.tokenise import Template
@@ -171,6 +172,28 @@ def test_written_predictions_follow_the_file_and_every_line_parses(tmp_path, mod
         assert list(row["probabilities"].values()) == pytest.approx(predictions.probabilities[i].tolist(), abs=1e-6)
         assert ("failure" in row) == (i == 2)
         assert row.get("context") == records[i].context
+
+
+VARIED = [Record(text, Label.ALLOW) for text in ("wire all the money now", "bake bread: flour, salt", "Knead the dough well.")]
+
+
+def test_what_is_seen_along_a_request_is_what_streams_and_smoothed(model, template, tmp_path):
+    batch = RecordDataset(VARIED, template)[[0, 1, 2]]
+    with torch.no_grad():  # so that decisions vary along the rows
+        logits = model(model.prefix(batch.tokens, batch.mask), batch.tokens, batch.mask).logits
+        model.head.linear.bias -= logits[batch.path].median(0).values
+    changes = {}
+    for share in (0.0, 0.8):
+        model.head.spec = replace(model.head.spec, smoothing=share)
+        seen, agent = run(model, template, VARIED), Agent(model, template, tmp_path)
+        for i, record in enumerate(VARIED):
+            decided = [token.label for token in stream(agent, record.user_request)]
+            assert seen.stream.tokens[i] == len(decided)
+            assert seen.changes[i] == sum(a != b for a, b in itertools.pairwise(decided)), (share, i)
+        changes[share] = seen
+    assert changes[0.8].changes.nansum() < changes[0.0].changes.nansum()
+    assert changes[0.8].stream.alarms.sum() < changes[0.0].stream.alarms.sum()
+    assert torch.equal(changes[0.8].probabilities, changes[0.0].probabilities), "the decision proper is not smoothed"
 
 
 # -- along answers -----------------------------------------------------------------------------------------------------

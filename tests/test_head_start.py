@@ -122,6 +122,24 @@ def test_where_a_head_begins_is_read_once_for_all_runs(prepared, monkeypatch, dt
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_an_evaluated_run_reads_once_too_and_only_what_is_new(prepared, monkeypatch):
+    module, data, config = prepared()
+    prepare(module, config, data, resumed=False, last_states=PrefixStore.of_last_states(module.model.base, config.cache))
+    read = []
+    trunk = SO8TModel.trunk
+    monkeypatch.setattr(
+        SO8TModel, "trunk", lambda self, hidden, *a, **k: read.append(len(hidden)) or trunk(self, hidden, *a, **k)
+    )
+    last_states = PrefixStore.of_last_states(module.model.base, config.cache)
+    prepare(module, config, data, resumed=False, last_states=last_states)
+    assert read == []
+    before = module.model.head.linear.weight.clone()
+    data.train = [replace(data.train[0], user_request="something new"), *data.train[1:]]
+    prepare(module, config, data, resumed=False, last_states=last_states)
+    assert read == [1], "of the row's batch nothing but the row"
+    assert not torch.equal(before, module.model.head.linear.weight)
+
+
 def test_heads_that_read_something_else_or_a_gate_do_not_begin_where_another_did(prepared):
     stores = Path(prepared()[2].cache.folder) / "so8t-prefix"
     for more, count in (("head.reads=[0.25]", 2), ("head.pooling=token", 3), ("head.commutator=true", 3)):

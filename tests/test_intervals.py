@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from so8t.curves import auprc_not_allow, reliability, risk_coverage
 from so8t.intervals import (
     ENOUGH,
+    along_intervals,
     bootstrap_counts,
     macro_f1_interval,
     number,
@@ -118,6 +119,33 @@ def test_scores_have_no_interval_where_the_rows_that_they_tell_apart_are_too_few
     assert None not in score_intervals(probabilities, labels).values()
     assert set(score_intervals(probabilities[: ENOUGH - 1], labels[: ENOUGH - 1]).values()) == {None}
     assert set(score_intervals(probabilities[:0], labels[:0]).values()) == {None}
+
+
+def test_intervals_along_tokens_hold_the_figures_and_are_left_out_where_rows_are_too_few():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([Label.ALLOW, Label.REFUSE], [300, 100])
+    tokens = rng.integers(5, 40, 400).astype(float)
+    alarms, changes = rng.poisson(1, 400).astype(float), rng.poisson(3, 400).astype(float)
+    detection = np.where(rng.random(400) < 0.8, np.minimum(tokens, rng.integers(1, 20, 400)), np.nan)
+    changes[7] = np.nan
+    found = detection[300:][~np.isnan(detection[300:])]
+    figures = {
+        "detected": len(found) / 100,
+        "time_to_detection": found.mean(),
+        "decision_changes": np.nanmean(changes),
+        "false_alarms_per_1000_tokens": 1000 * alarms[:300].sum() / tokens[:300].sum(),
+    }
+    wide = along_intervals(labels, tokens, detection, alarms, changes)
+    assert wide.keys() == figures.keys()
+    for key, (low, high) in wide.items():
+        assert low < figures[key] < high, key
+        assert high - low < figures[key], "and tell something"
+    spread = changes[~np.isnan(changes)].std() / 399**0.5
+    assert wide["decision_changes"][1] - wide["decision_changes"][0] == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    few = slice(290, 300 + ENOUGH - 1)
+    less = along_intervals(labels[few], tokens[few], detection[few], alarms[few], changes[few])
+    assert less["detected"] is less["time_to_detection"] is less["false_alarms_per_1000_tokens"] is None
+    assert less["decision_changes"] is not None, "of all rows"
 
 
 def test_a_figure_that_is_not_there_is_a_dash():

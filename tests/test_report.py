@@ -32,8 +32,8 @@ from so8t.streaming import stream
 from tests.conftest import synthetic_rows, write_rows
 
 PICTURES = {
-    "setup": 0, "metrics": 0, "calibration": 0, "confusion": 1, "reliability": 1, "trade-off": 1, "risk-coverage": 1,
-    "robustness": 0, "group": 1, "losses": 1, "gates": 1, "memory": 1, "mistakes": 0,
+    "setup": 0, "metrics": 0, "calibration": 0, "stream": 0, "confusion": 1, "reliability": 1, "trade-off": 1,
+    "risk-coverage": 1, "robustness": 0, "group": 1, "losses": 1, "gates": 1, "memory": 1, "mistakes": 0,
 }  # fmt: skip
 """Of a run that has a test split and no unseen sources."""
 
@@ -135,7 +135,7 @@ def test_every_panel_has_its_picture_and_the_missing_set_is_named(run, capsys):
     assert {key: len(pictures) for key, pictures in page.pictures.items()} == PICTURES
     for picture in (p for pictures in page.pictures.values() for p in pictures):
         assert base64.b64decode(picture.removeprefix("data:image/png;base64,"), validate=True).startswith(b"\x89PNG")
-    for key in ("metrics", "confusion"):
+    for key in ("metrics", "stream", "confusion"):
         assert "unseen.json" in page.text[key]
     for key in ("reliability", "trade-off", "risk-coverage", "mistakes"):
         assert "unseen_predictions.jsonl" in page.text[key]
@@ -177,6 +177,17 @@ def test_every_figure_of_probabilities_is_shown_with_its_interval(run):
     row = tables_of(run, "metrics")[title][0]
     assert row[0] == "SO8T"
     assert any(cell.endswith(" [0.11,\N{NO-BREAK SPACE}1.00]") for cell in row)
+
+
+def test_what_is_decided_along_the_tokens_is_shown_with_its_intervals(run):
+    scores = json.loads((run / "test.json").read_text())
+    scores["metrics"] |= {"detected": 0.8125, "time_to_detection": 7.25, "decision_changes": 3.5}
+    scores["metrics"]["false_alarms_per_1000_tokens"] = None
+    scores["intervals_95"]["all"]["SO8T"] |= {"detected": [0.7, 0.9], "decision_changes": [2.0, 5.0]}
+    (run / "test.json").write_text(json.dumps(scores))
+    (row,) = tables_of(run, "stream")["along the tokens"]
+    nbsp = "\N{NO-BREAK SPACE}"
+    assert row == ["mixed test split", f"0.812 [0.70,{nbsp}0.90]", "7.2", f"3.50 [2.00,{nbsp}5.00]", "-"]
 
 
 # -- calibration, and what was trained on ------------------------------------------------------------------------------
@@ -316,7 +327,7 @@ def test_markup_in_a_request_and_in_the_settings_is_shown_and_does_nothing(run):
     [
         ("config.yaml", ["setup", "memory"]),
         ("csv/metrics.csv", ["group", "losses"]),
-        ("test.json", ["metrics", "confusion"]),
+        ("test.json", ["metrics", "stream", "confusion"]),
         ("test_predictions.jsonl", ["reliability", "trade-off", "risk-coverage", "mistakes"]),
         ("adapter/adapter.safetensors", ["setup", "calibration", "gates"]),
     ],

@@ -172,6 +172,15 @@ def test_an_adapter_from_before_there_was_a_limit_has_none(tmp_path):
     assert load_agent(tmp_path).model.head.limit == math.inf
 
 
+def test_an_adapter_from_before_decisions_were_smoothed_smooths_none(tmp_path):
+    make_agent(tmp_path, TINY, GateSpec(**LARGE))
+    path = tmp_path / "adapter" / "adapter.json"
+    meta = json.loads(path.read_text())
+    del meta["head"]["smoothing"]
+    path.write_text(json.dumps(meta))
+    assert load_agent(tmp_path).model.head.spec.smoothing == 0
+
+
 def test_an_answer_may_be_strange(tmp_path):
     make_agent(tmp_path, TINY, GateSpec(**LARGE))
     agent = limited(tmp_path, 0.0, always=Label.ALLOW)

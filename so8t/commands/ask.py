@@ -37,8 +37,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--stream",
         action="store_true",
-        help="show what is decided after each token of the request, in colours; then watch the answer and look at it after "
-        "each token, where chat and serve look every few",
+        help="show what is decided after each token of the request, smoothed, in colours; then watch the answer and look at it "
+        "after each token, where chat and serve look every few",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output; with --stream, one a token before it"

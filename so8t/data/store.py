@@ -129,10 +129,10 @@ class PrefixStore:
         return cls._of(base, spec, base.decoder, cut=0, keep=())
 
     @classmethod
-    def of_head(cls, base: "SplitBase", spec: CacheSpec, reads: tuple[object, ...]) -> "PrefixStore":
-        """The store of what a head that reads so finds in the whole frozen base where it decides: `[1, features]` a row, in
-        float32, from a prefix that was stored as `spec` says."""
-        return cls._of(base, spec, base.decoder, cut=base.cut, keep=reads, kept_as=torch.float32, kind="-head")
+    def of_head(cls, base: "SplitBase", spec: CacheSpec, facts: tuple[object, ...]) -> "PrefixStore":
+        """The store of what a head finds in the whole frozen base where it decides: `[1, features]` a row, in float32, from a
+        prefix that was stored as `spec` says. `facts` are what its features depend on besides the base."""
+        return cls._of(base, spec, base.decoder, cut=base.cut, keep=facts, kept_as=torch.float32, kind="-head")
 
     @classmethod
     def _of(
