@@ -18,6 +18,7 @@ from so8t.escalations import EscalationQueue
 from so8t.gates import GateSpec
 from so8t.labels import LABELS, Label
 from so8t.model import HeadSpec, SO8TModel
+from so8t.policy import Policy, Threshold
 from tests.ruled import Ruled
 
 
@@ -219,6 +220,18 @@ def test_the_audit_log_holds_hashes_unless_texts_are_asked_for(ruled, state, tmp
     assert (decision["request"], answer["answer"]) == ("my secret", reply.text)
     assert decision["adapter_sha256"]
     assert decision["thresholds"] is None
+
+
+def test_a_calibrated_agent_decides_by_its_policy_and_says_so(finished_run, state):
+    agent, request = load_agent(finished_run), "bake bread"
+    assert agent.decide(request).labels.tolist() == [Label.ALLOW]
+    never = Threshold(at=None, alpha=0.05, delta=0.05, rows=100, rate=0.0, bound=0.03)
+    agent.policy = Policy(1.0, never, never, 100, "drawn", 0.1, 0.1, "0" * 64)
+    reply = SafeAgent(agent, audit=state[0], queue=state[1], max_new_tokens=4).respond(request)
+    assert reply.verdict.label is Label.ESCALATE
+    assert reply.escalation == 1
+    (decision,) = told(state[0])
+    assert decision["thresholds"] == {"ALLOW": None, "REFUSE": None}
 
 
 EARLIER = (Exchange("one", "answer one"), Exchange("two", "answer two"))
