@@ -53,7 +53,7 @@ def test_every_ablation_is_valid_and_no_two_are_the_same():
     seen = {}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for name, overrides in VARIANTS.items():
-            config = compose("train", overrides=[*COMMON, *overrides, "tags=[]", "paths.output_dir=x"])
+            config = compose("train", overrides=["data=starter", *COMMON, *overrides, "tags=[]", "paths.output_dir=x"])
             validate(config)
             seen.setdefault(OmegaConf.to_yaml(config, resolve=True), []).append(name)
     assert all(len(names) == 1 for names in seen.values()), seen.values()
