@@ -139,12 +139,15 @@ class SO8TModule(L.LightningModule):
         frozen = not model.gates.command_is_read
         if not frozen:
             last_states = found = None
+        fresh: list[tuple[PrefixStore, bytes, Tensor]] = []
         with model.without_gates() if frozen else nullcontext(), _filling(last_states), _filling(found):
             for batch in batches:
                 prompts.append((batch.tokens, batch.mask))  # without answers, which would tell the labels
                 labels.append(batch.labels)
                 weights.append(self.class_weights.cpu()[batch.labels] * batch.weights)
-                columns.append(self._read_where_decided(batch, last_states, found))
+                columns.append(self._read_where_decided(batch, last_states, found, fresh))
+            for store, key, row in fresh:  # not before: a prompt that comes twice is read twice, as without a store
+                store.put(key, row)
         features, label, weight = torch.cat(columns), torch.cat(labels), torch.cat(weights)
         if head.spec.standardise:
             head.standardise(features)
@@ -165,8 +168,15 @@ class SO8TModule(L.LightningModule):
             fitted = fit(head.words.measure(prompts)[counted.numpy()], c=STRENGTH)
             head.words.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 
-    def _read_where_decided(self, batch: Batch, last_states: PrefixStore | None, found: PrefixStore | None) -> Tensor:
-        """What the head reads at each row's decision, `[B, features]` on the host, and for `last_states` the state there."""
+    def _read_where_decided(
+        self,
+        batch: Batch,
+        last_states: PrefixStore | None,
+        found: PrefixStore | None,
+        fresh: list[tuple[PrefixStore, bytes, Tensor]],
+    ) -> Tensor:
+        """What the head reads at each row's decision, `[B, features]` on the host. What `found` or `last_states`, the states
+        there, lack is appended to `fresh`."""
         keys = [row_key(tokens[mask.bool()]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
         stores = [store for store in (last_states, found) if store is not None]
         todo = [i for i, key in enumerate(keys) if found is None or any(key not in store for store in stores)]
@@ -177,9 +187,8 @@ class SO8TModule(L.LightningModule):
             features = self.model.head.features_at(reads, mask, position).cpu()
             rows = dict(zip(todo, features, strict=True))
             for store, kept in ((last_states, at_position(state, position).cpu()), (found, features)):
-                for i, row in zip(todo, kept, strict=True):
-                    if store is not None:
-                        store.put(keys[i], row[None])
+                if store is not None:
+                    fresh += [(store, keys[i], row[None]) for i, row in zip(todo, kept, strict=True)]
         return torch.stack([found.get(key)[0] if found is not None and key in found else rows[i] for i, key in enumerate(keys)])
 
     @property

@@ -13,7 +13,7 @@ from so8t.run_folder import read_run
 from tests.browser import illegible, open_page, sticking_out
 
 SECTIONS = [
-    "setup", "metrics", "calibration", "confusion", "reliability", "trade-off", "risk-coverage", "robustness",
+    "setup", "metrics", "calibration", "stream", "confusion", "reliability", "trade-off", "risk-coverage", "robustness",
     "group", "losses", "gates", "memory", "mistakes",
 ]  # fmt: skip
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)><style>body{display:none}</style>"

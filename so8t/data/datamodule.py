@@ -362,8 +362,7 @@ class SafetyData(L.LightningDataModule):
         """About `rows` training rows, the same for every seed, or all of them if there are fewer."""
         dataset = RecordDataset(self.train, self.template, weights=self._weights(self.train))
         lengths = [dataset.length(i) for i in range(len(dataset))]
-        sampler = LengthSampler(lengths, batch_size, seed=0, shuffle=rows < len(lengths))  # all of them: padded the least
-        chosen = itertools.islice(sampler, -(-rows // batch_size))
+        chosen = itertools.islice(LengthSampler(lengths, batch_size, seed=0, shuffle=True), -(-rows // batch_size))
         return [dataset[batch] for batch in chosen]
 
     def train_dataloader(self) -> DataLoader[Batch]:
