@@ -156,9 +156,9 @@ def _rows(data: DataRows) -> list[Table]:
     return [*tables, Table("rows left out", ["of", "rows"], left_out)] if left_out else tables
 
 
-def _figure(value: float | None, interval: Interval | None) -> str:
+def _figure(value: float | None, interval: Interval | None, *, digits: int = 3) -> str:
     """A figure, and its interval, within which no line is broken."""
-    return number(value, interval).replace(", ", ",\N{NO-BREAK SPACE}")
+    return number(value, interval, digits=digits).replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def _metrics(run: RunFolder) -> Panel:
@@ -204,8 +204,7 @@ def _stream(run: RunFolder) -> Panel:
     rows = []
     for _, title, scores in _scores(run, panel):
         intervals = scores.intervals_95.get("all", {}).get("SO8T", {})
-        figures = [number(scores.metrics.get(key), intervals.get(key), digits=digits) for key, _, digits in ALONG]
-        rows.append([title, *(figure.replace(", ", ",\N{NO-BREAK SPACE}") for figure in figures)])
+        rows.append([title, *(_figure(scores.metrics.get(key), intervals.get(key), digits=n) for key, _, n in ALONG)])
     if rows:
         panel.tables.append(Table("along the tokens", ["set", *(head for _, head, _ in ALONG)], rows))
     return panel

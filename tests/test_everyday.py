@@ -6,8 +6,8 @@ import pytest
 
 from so8t.data.records import Record
 from so8t.data.sources import load_shipped
-from so8t.data.splits import near_duplicates
-from so8t.labels import LABELS, Label
+from so8t.labels import Label
+from tests.shipped import check_distinct, check_own
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +46,8 @@ def test_every_risky_row_has_a_benign_one_in_its_group(everyday):
 
 
 def test_rows_are_distinct_and_so_are_their_answers_and_rationales(everyday):
-    texts = [r.user_request for r in everyday]
-    assert len(set(texts)) == len(texts)
-    assert len(near_duplicates(texts, 0.5)) <= 0.005 * len(texts)
-    assert len({r.task_output for r in everyday}) == len(texts)
-    assert len({r.safety_rationale for r in everyday}) == len(texts)
+    check_distinct(everyday, near=0.005)
 
 
 def test_no_row_says_its_own_label_or_stands_in_the_sets_beside(everyday, requests_beside):
-    for record in everyday:
-        assert not any(name in record.user_request for name in LABELS), record
-        assert record.user_request.casefold() not in requests_beside
-        assert (record.source, record.licence) == ("everyday", "Apache-2.0")
+    check_own(everyday, "everyday", requests_beside)

@@ -50,6 +50,14 @@ def large_head(model: SO8TModel) -> None:
         model.head.scale.uniform_(0.5, 4)
 
 
+def forget(folder: Path, key: str) -> None:
+    """Makes an agent's adapter one from before its head had a setting."""
+    path = folder / "adapter" / "adapter.json"
+    meta = json.loads(path.read_text())
+    del meta["head"][key]
+    path.write_text(json.dumps(meta))
+
+
 def make_agent(folder: Path, base_spec: BaseSpec, gate: GateSpec, head: HeadSpec | None = None) -> Agent:
     """An agent with coordinates of size 1, saved and loaded."""
     torch.manual_seed(0)

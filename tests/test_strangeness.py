@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import json
 import math
 
 import pytest
@@ -28,7 +27,7 @@ from so8t.labels import LABELS, Label
 from so8t.model import HeadSpec, SO8TModel, at_position, decide
 from so8t.training import limit_strangeness, train
 from tests.conftest import TINY
-from tests.test_export import LARGE, PROBES, REQUESTS, make_agent
+from tests.test_export import LARGE, PROBES, REQUESTS, forget, make_agent
 
 LOGITS = st.lists(st.tuples(*[st.floats(-20, 20)] * 3), min_size=1, max_size=8)
 
@@ -166,18 +165,13 @@ def test_an_adapter_from_before_there_was_a_limit_has_none(tmp_path):
     save_file(tensors, path)
     with pytest.raises(ArtefactError, match=r"head\.limit"):
         load_agent(tmp_path)
-    meta = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
-    del meta["head"]["familiar"]
-    (tmp_path / "adapter" / "adapter.json").write_text(json.dumps(meta))
+    forget(tmp_path, "familiar")
     assert load_agent(tmp_path).model.head.limit == math.inf
 
 
 def test_an_adapter_from_before_decisions_were_smoothed_smooths_none(tmp_path):
     make_agent(tmp_path, TINY, GateSpec(**LARGE))
-    path = tmp_path / "adapter" / "adapter.json"
-    meta = json.loads(path.read_text())
-    del meta["head"]["smoothing"]
-    path.write_text(json.dumps(meta))
+    forget(tmp_path, "smoothing")
     assert load_agent(tmp_path).model.head.spec.smoothing == 0
 
 

@@ -18,7 +18,7 @@ from so8t.model import HeadSpec, at_position
 from so8t.streaming import stream
 from so8t.words import LONGEST, SHARE, STRENGTH, Words, grams
 from tests.fixtures import TINY
-from tests.test_export import LARGE, REQUESTS, check_decisions, make_agent
+from tests.test_export import LARGE, REQUESTS, check_decisions, forget, make_agent
 
 prompts = st.lists(st.integers(0, 50_000), min_size=1, max_size=40)
 few = st.lists(st.integers(0, 4), min_size=1, max_size=40)  # so that n-grams come back
@@ -175,10 +175,7 @@ def test_an_export_reads_the_same_words(tmp_path):
 
 def test_an_adapter_from_before_there_were_words_has_none(tmp_path):
     make_agent(tmp_path, TINY, GateSpec(**LARGE))
-    path = tmp_path / "adapter" / "adapter.json"
-    meta = json.loads(path.read_text())
-    del meta["head"]["words"]
-    path.write_text(json.dumps(meta))
+    forget(tmp_path, "words")
     assert load_agent(tmp_path).model.head.words is None
 
 
