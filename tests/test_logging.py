@@ -3,7 +3,9 @@
 import base64
 import csv
 import json
+import shutil
 import struct
+import time
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -11,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from omegaconf import OmegaConf
 from wandb.proto import wandb_internal_pb2
 
 from so8t import plots
+from so8t.page import Panel
 from so8t.report import panels
 from so8t.run_folder import read_run
-from tests.conftest import QUICK, composed, trained
+from tests.conftest import QUICK, composed, synthetic_rows, trained, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +58,21 @@ def wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
     return records
 
 
+def ended_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """All of a run that has been finished: its file is written by a process of its own, which may be a little behind."""
+    for _ in range(100):
+        records = wandb_records(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    pytest.fail(f"{path} never ended")
+
+
 @pytest.fixture(scope="module")
 def wandb_run(logged_run) -> tuple[Path, list[wandb_internal_pb2.Record]]:
     folders = list((logged_run / "wandb").glob("offline-run-*"))
     assert len(folders) == 1
-    return folders[0], wandb_records(next(folders[0].glob("*.wandb")))
+    return folders[0], ended_records(next(folders[0].glob("*.wandb")))
 
 
 def item_name(item) -> str:
@@ -151,13 +165,9 @@ def test_the_defects_of_every_gate_are_curves_in_wandb(logged_run, wandb_run):
         assert len(theirs[name]) == 5, "steps 0, 3, 6, 9 and 12"
 
 
-def test_the_panels_of_the_report_arrive_in_wandb_as_pictures_and_tables(logged_run, wandb_run):
-    media = wandb_run[0] / "files" / "media"
-    told = history(wandb_run[1])
-    shown = panels(read_run(logged_run))
-    assert {"confusion", "reliability", "trade-off", "risk-coverage", "group", "losses", "gates"} <= {
-        panel.key for panel in shown if panel.pictures
-    }
+def assert_arrived(wandb_folder: Path, told: dict[str, list[object]], shown: list[Panel]) -> None:
+    """Every picture of the panels, pixel by pixel, and every table but those of whole requests."""
+    media = wandb_folder / "files" / "media"
     for panel in shown:
         pictures = list((media / "images" / "report").glob(f"{panel.key}_*.png"))
         assert len(pictures) == len(panel.pictures), panel.key
@@ -168,6 +178,50 @@ def test_the_panels_of_the_report_arrive_in_wandb_as_pictures_and_tables(logged_
             (file,) = (media / "table" / "report").glob(f"{panel.key}_{k}_*.table.json")
             theirs = json.loads(file.read_text(encoding="utf-8"))
             assert (theirs["columns"], theirs["data"]) == (table.head, table.rows)
+
+
+def test_the_panels_of_the_report_arrive_in_wandb_as_pictures_and_tables(logged_run, wandb_run):
+    shown = panels(read_run(logged_run))
+    assert {"confusion", "reliability", "trade-off", "risk-coverage", "group", "losses", "gates"} <= {
+        panel.key for panel in shown if panel.pictures
+    }
+    assert_arrived(wandb_run[0], history(wandb_run[1]), shown)
+
+
+def test_what_was_measured_later_arrives_in_the_same_wandb_run(logged_run, wandb_run, so8t, tmp_path, monkeypatch):
+    monkeypatch.setenv("SO8T_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("SO8T_OFFLINE", "1")  # without rewordings, which would take long
+    run = tmp_path / "run"
+    shutil.copytree(logged_run, run)
+    held_out = write_rows(tmp_path / "held_out.jsonl", synthetic_rows(150, seed=9))
+    assert so8t("calibrate", run, "--data", held_out, "--alpha", "0.9", "--refuse-alpha", "0.9")[0] == 0
+    assert so8t("robustness", run, "--data", held_out, "--rows", "40")[0] == 0
+    code, _, err = so8t("report", run, "--wandb")
+    assert code == 0, err
+    (later,) = set(run.glob("wandb/offline-run-*")) - {run / "wandb" / wandb_run[0].name}
+    records = ended_records(next(later.glob("*.wandb")))
+    ids = [next(r.run.run_id for r in told if r.WhichOneof("record_type") == "run") for told in (wandb_run[1], records)]
+    assert ids[0] == ids[1]
+    shown = panels(read_run(run))
+    assert {"calibration", "robustness"} <= {panel.key for panel in shown if panel.tables and not panel.absent}
+    assert_arrived(later, history(records), shown)
+    texts = b"".join(path.read_bytes() for path in later.rglob("*") if path.is_file())
+    assert not [row.user_request for row in read_run(run).predictions["test"].rows if row.user_request.encode() in texts]
+
+
+@pytest.mark.parametrize("gone", ["logger", "folder"])
+def test_a_run_without_wandb_cannot_go_on_there(logged_run, so8t, tmp_path, gone):
+    run = tmp_path / "run"
+    shutil.copytree(logged_run, run, ignore=shutil.ignore_patterns("wandb") if gone == "folder" else None)
+    if gone == "logger":
+        settings = OmegaConf.load(run / "config.yaml")
+        del settings.logger["wandb"]
+        OmegaConf.save(settings, run / "config.yaml")
+    code, _, err = so8t("report", run, "--wandb")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "Weights & Biases" in err
+    assert (run / "report.html").is_file(), "what could be written is"
 
 
 def test_no_request_is_sent_to_wandb(logged_run, wandb_run):

@@ -20,6 +20,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="the file to write, with its pictures beside it in a folder NAME_plots (default: report.html in the run's folder, "
         "with its pictures in plots)",
     )
+    told = "send its pictures and tables to the Weights & Biases run, too, that it was trained under"
+    parser.add_argument("--wandb", action="store_true", help=told)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,3 +42,9 @@ def run(args: argparse.Namespace) -> None:
     for picture in (picture for panel in told for picture in panel.pictures):
         write_out(plots / f"{picture.name}.png", picture.png)
     print(f"report: {out}; its pictures: {plots}")
+    if args.wandb:
+        from so8t.wandb_panels import log_panels, logger_of
+
+        logger = logger_of(read)
+        log_panels(logger, told)
+        logger.experiment.finish()
