@@ -97,6 +97,13 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
         return compose("train", overrides=["paths.output_dir=outputs", *overrides])
 
 
+_HYDRAS_OWN = {
+    "Config group override must be": "configuration: a group cannot be null: choose one of its options, such as gate=none",
+    "Only one of --run": "--multirun (-m), --cfg and --info do not go together: leave all but one out",
+}
+"""By the words that Hydra begins with, of errors that it raises as ValueError."""
+
+
 @contextmanager
 def composition_told() -> Iterator[None]:
     """What Hydra cannot compose is told in one line.
@@ -110,9 +117,10 @@ def composition_told() -> Iterator[None]:
         told = str(error).split("Config search path")[0].split("full_key:")[0]
         raise ConfigError("configuration: " + " ".join(told.split())) from None
     except ValueError as error:
-        if not str(error).startswith("Config group override must be"):  # Hydra's words for GROUP=null
+        told = next((ours for begin, ours in _HYDRAS_OWN.items() if str(error).startswith(begin)), None)
+        if told is None:
             raise
-        raise ConfigError("configuration: a group cannot be null: choose one of its options, such as gate=none") from None
+        raise ConfigError(told) from None
 
 
 def validate(composed: DictConfig, *, saved: bool = False) -> Config:

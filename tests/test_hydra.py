@@ -108,6 +108,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "unknown key": (["gate.foo=1"], "gate.foo"),
     "added key": (["+gate.foo=1"], "gate.foo: unknown key"),
     "no option": (["gate=null"], "a group cannot be null"),
+    "flags": (["-m", "--cfg=job"], "do not go together"),
     "unknown option": (["gate=nothing"], "gate/nothing"),
     "wrong type": (["optim.gate_lr=fast"], "optim.gate_lr='fast'"),
     "hidden size": (["base.hidden_size=60"], "base.hidden_size=60 is not a multiple of 8"),
@@ -136,7 +137,8 @@ def told(tmp_path_factory) -> dict[str, dict]:
         chosen = [a.format(folder=folder) for a in arguments]
         env = {"SO8T_OFFLINE": "1", "SO8T_CACHE": str(folder / f"cache{k}")} if "offline" in name else {}
         bases = [t for t in TINY if not (t == "base=tiny" and any(a.startswith("base=") for a in chosen))]
-        cases[name] = {"arguments": [*bases, *chosen, f"hydra.run.dir={run}"], "env": env, "run": str(run)}
+        line = sorted([*bases, *chosen, f"hydra.run.dir={run}"], key=lambda word: not word.startswith("-"))  # flags first
+        cases[name] = {"arguments": line, "env": env, "run": str(run)}
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder / "cases.json")], cwd=ROOT, capture_output=True, text=True, timeout=500,

@@ -18,6 +18,7 @@ from wandb.proto import wandb_internal_pb2
 
 from so8t import plots
 from so8t.page import Panel
+from so8t.pet import PetSpec
 from so8t.report import panels
 from so8t.run_folder import read_run
 from tests.conftest import QUICK, composed, synthetic_rows, trained, write_rows
@@ -127,6 +128,22 @@ def test_the_picture_of_the_loss_shows_every_term_that_was_trained_on(logged_run
         handles, labels = axis.get_legend_handles_labels()
         assert set(labels) == shares | more
         assert len({handle.get_color() for handle in handles}) == len(labels), "no colour twice"
+
+
+def test_the_picture_of_the_loss_marks_where_each_of_pet_s_phases_begins(logged_run, monkeypatch):
+    series, phases = plots.read_metrics(logged_run / "csv" / "metrics.csv"), PetSpec()
+    begins: dict[float, int] = {}
+    for k in range(12):  # as `PetSpec.factor` says of each optimiser step
+        begins.setdefault(phases.factor(k / 12), k)
+    assert len(begins) == 3
+    drawn = []
+    monkeypatch.setattr(plots, "finish", lambda figure, to: drawn.append(figure))
+    plots.plot_losses(series, logged_run / "loss.png")
+    right = drawn[0].axes[1]
+    told = {text.get_text().strip(): text.get_position()[0] for text in right.texts}
+    assert told == {f"PET x {factor:g}": step for factor, step in begins.items()}
+    lines = {line.get_xdata()[0] for line in right.lines if line.get_linestyle() == ":"}
+    assert lines == set(begins.values())
 
 
 def test_the_config_arrives_in_wandb(wandb_run):
