@@ -4,9 +4,11 @@
 
 Every run is `train.py` in a process of its own, one thread each, into `multirun/ablations/VARIANT/SEED`; runs that are there
 already are not run again, so it can be stopped and goes on. The task loss, on which no decision depends by default, and the
-rationales are left out, and decisions along a request are not smoothed, to see what PET does for them. `so8t compare` then
-tells the default and each variant apart. Writes `results/ablations.json` and `.png`; of variants whose runs are not on this
-machine the file keeps what it says. A question each, the same are Hydra sweeps: `hparams_search`.
+rationales are left out, and decisions along a request are not smoothed, to see what PET does for them. All but `small_steps`
+and `original_recipe` take steps ten times as large as the default's (`optim=large_steps`): with small ones gates hardly turn,
+and what they do could not be told apart. `so8t compare` then tells the variants apart. Writes `results/ablations.json` and
+`.png`; of variants whose runs are not on this machine the file keeps what it says. A question each, the same are Hydra sweeps:
+`hparams_search`.
 """
 
 import argparse
@@ -29,7 +31,14 @@ from so8t.errors import SO8TError
 from so8t.files import write_json
 
 BASELINE = "default"
-COMMON = ("loss.task_weight=0", "rationale.rows=0", "head.smoothing=0", "logger=csv")
+COMMON = (
+    "optim.gate_lr=0.02",
+    "optim.head_lr=0.0003",
+    "loss.task_weight=0",
+    "rationale.rows=0",
+    "head.smoothing=0",
+    "logger=csv",
+)
 VARIANTS: dict[str, tuple[str, ...]] = {
     BASELINE: (),
     # where gates are
@@ -46,7 +55,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "leading": ("gate.blocks=leading",),
     "cayley": ("gate.map=cayley",),
     "triality": ("gate.triality=true",),
-    "slow_gates": ("optim.gate_lr=0.005",),
     # what the head reads, and where it begins
     "commutator": ("head.commutator=true",),
     "reads_last": ("head.reads=[last]",),
@@ -63,7 +71,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "pet_constant": ("experiment=pet_schedule/constant",),
     "pet_late": ("experiment=pet_schedule/late",),
     "pet_hidden": ("pet.target=hidden",),
-    # losses, data, recipe
+    # steps, losses, data, recipe
+    "small_steps": ("optim.gate_lr=0.002", "optim.head_lr=0.00003"),
     "no_costs": ("experiment=costs/none",),
     "strict_costs": ("experiment=costs/strict",),
     "task_all": ("loss.task_weight=0.1", "loss.task_reaches=all"),  # where it reaches R_cmd alone, no decision depends on it
@@ -73,7 +82,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "not_coded": ("data.coded=0",),
     "no_decision_prompt": ("data.decision_prompt=null", "data.max_length=160"),
     "not_reweighed": ("data.reweigh_languages=false",),
-    "original_recipe": ("experiment=recipe/original",),
+    "original_recipe": ("experiment=recipe/original", "optim.gate_lr=0.00003", "optim.head_lr=0.000015"),
 }
 """By name: what is set besides the default."""
 KEPT = ("name", "seeds", "trained_parameters", "figures", "helps")

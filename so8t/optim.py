@@ -13,8 +13,8 @@ from so8t.specs import Count, Fraction, NotNegative, Positive, spec
 class OptimSpec:
     """What `conf/optim` says. `clip` is a gradient norm per group, 0 turns clipping off."""
 
-    gate_lr: Positive = 2e-2
-    head_lr: Positive = 3e-4
+    gate_lr: Positive = 2e-3
+    head_lr: Positive = 3e-5
     weight_decay: NotNegative = 0.01
     gate_weight_decay: NotNegative = 0.0
     betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.99)
