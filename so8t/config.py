@@ -117,10 +117,10 @@ def composition_told() -> Iterator[None]:
         told = str(error).split("Config search path")[0].split("full_key:")[0]
         raise ConfigError("configuration: " + " ".join(told.split())) from None
     except ValueError as error:
-        told = next((ours for begin, ours in _HYDRAS_OWN.items() if str(error).startswith(begin)), None)
-        if told is None:
+        ours = next((text for begin, text in _HYDRAS_OWN.items() if str(error).startswith(begin)), None)
+        if ours is None:
             raise
-        raise ConfigError(told) from None
+        raise ConfigError(ours) from None
 
 
 def validate(composed: DictConfig, *, saved: bool = False) -> Config:

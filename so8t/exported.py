@@ -69,10 +69,16 @@ class SafetyHead:
         if self.spec["words"] is None:
             return logits
         known, idf, table, bias, share = (self.tensors[f"words.{name}"] for name in ("known", "idf", "table", "bias", "share"))
-        number, longest, numbers = torch.zeros_like(tokens), self.spec["words"], []
+        if "words.fold" in self.tensors:
+            tokens = self.tensors["words.fold"][tokens].long()
+        opening = len(self.spec["before"])
+        word = (tokens >= 0) | (torch.arange(len(tokens)) < opening)
+        number, whole, longest, numbers = torch.zeros_like(tokens), torch.ones_like(word), self.spec["words"], []
         for n in range(longest):  # an n-gram ends where a shorter one ended a token before
             number = number[: len(tokens) - n] * 1_000_003 + tokens[n:] + 1
-            numbers.append((number * longest + n)[max(0, len(self.spec["before"]) - n) :])  # what ends behind the template's
+            whole = whole[: len(tokens) - n] & word[n:]
+            behind = slice(max(0, opening - n), None)  # what ends behind the template's
+            numbers.append((number * longest + n)[behind][whole[behind]])
         there = torch.isin(known, torch.cat(numbers))
         scores = idf[there] @ table[there] / idf[there].norm().clamp(min=1e-6) + bias
         return (1 - share) * logits.log_softmax(-1) + share * scores.log_softmax(-1)

@@ -165,6 +165,7 @@ class SO8TModule(L.LightningModule):
         fitted = fit(turned.numpy(), c=head.spec.probe)
         head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
         if head.words is not None:
+            head.words.learn_to_fold(model.base.tokenizer)
             fitted = fit(head.words.measure(prompts)[counted.numpy()], c=STRENGTH)
             head.words.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 

@@ -30,7 +30,8 @@ class HeadSpec:
     outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
     reads of the frozen base, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
     2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `words`: how many n-grams of
-    tokens, at most, decide beside the states, half and half; fitted with the probe, then left alone. `familiar`: of texts
+    tokens, at most, decide beside the states, half and half; fitted with the probe, then left alone. `fold_words`: they
+    are read without upper case, spaces and punctuation. `familiar`: of texts
     like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0: nothing
     is too strange. `smoothing`: how much of what is decided along a request's tokens comes from the tokens before. The decision
     proper, behind the request, is not smoothed.
@@ -42,6 +43,7 @@ class HeadSpec:
     standardise: bool = True
     probe: NotNegative = 0.0
     words: Count = 0
+    fold_words: bool = False
     familiar: Fraction = 0.0
     smoothing: ProperFraction = 0.0
     dropout: ProperFraction = 0.0
@@ -129,20 +131,21 @@ class SafetyHead(nn.Module):
     Args:
         width: of each state that is read.
         more: how many figures of the last gate are read behind the states, all reads together.
+        vocabulary: tokens of the base.
     """
 
     shift: Tensor
     scale: Tensor
     limit: Tensor
 
-    def __init__(self, width: int, spec: HeadSpec, more: int = 0):
+    def __init__(self, width: int, spec: HeadSpec, more: int = 0, vocabulary: int = 0):
         super().__init__()
         self.spec = spec
         count = (len(spec.reads) * width + more) * (2 if spec.pooling == "both" else 1)
         self.linear = nn.Linear(count, len(LABELS))
         nn.init.normal_(self.linear.weight, std=0.001 if spec.standardise else 0.01)
         nn.init.zeros_(self.linear.bias)
-        self.words = Words(spec.words) if spec.words else None
+        self.words = Words(spec.words, vocabulary if spec.fold_words else 0) if spec.words else None
         self.register_buffer("shift", torch.zeros(count))
         self.register_buffer("scale", torch.ones(count))
         self.register_buffer("limit", torch.tensor(math.inf))  # of the strangeness of what may be allowed
@@ -220,7 +223,8 @@ class SO8TModel(nn.Module):
         self.base = base
         self.gates = GateSet(gate, base, command_is_read=head.commutator).to(base.device)
         turned = 1 if gate.blocks == "leading" else block_count(base.hidden_size)
-        self.head = SafetyHead(base.hidden_size, head, (gate.triality + head.commutator) * turned).to(base.device)
+        vocabulary = int(base.causal_lm.config.get_text_config().vocab_size)
+        self.head = SafetyHead(base.hidden_size, head, (gate.triality + head.commutator) * turned, vocabulary).to(base.device)
         self.gates.attach(base)
 
     def prompts_open_with(self, tokens: Sequence[int]) -> None:

@@ -93,6 +93,7 @@ def _setup(run: RunFolder) -> Panel:
                 "head.standardise",
                 "head.probe",
                 "head.words",
+                "head.fold_words",
                 "head.familiar",
                 "head.smoothing",
                 "head.dropout",

@@ -114,8 +114,8 @@ def train(composed: DictConfig) -> dict[str, float]:
         draw(run, callbacks)
         takers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
         told = panels(read_run(run)) if takers else []
-        for logger in takers:
-            log_panels(logger, told)
+        for taker in takers:
+            log_panels(taker, told)
         if config.objective not in metrics:
             log.warning("objective=%s: no such figure was measured", config.objective)
         write_json(run / "metrics.json", {k: (v if v == v else None) for k, v in sorted(metrics.items())})

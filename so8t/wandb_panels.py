@@ -39,5 +39,11 @@ def logger_of(run: RunFolder) -> WandbLogger:
     if not names:
         raise ArtefactError(f"{run.folder / 'wandb'}: no run of Weights & Biases is in it, so there is none to go on with")
     newest = max(names, key=lambda found: found[1])[2]
-    where = {key: settings.get(key) for key in ("project", "entity")}
-    return WandbLogger(**where, save_dir=run.folder, offline=bool(settings.get("offline", True)), id=newest, resume="allow")
+    return WandbLogger(
+        project=settings.get("project", "so8t"),
+        entity=settings.get("entity"),
+        save_dir=run.folder,
+        offline=bool(settings.get("offline", True)),
+        id=newest,
+        resume="allow",
+    )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from so8t.labels import LABELS
 
@@ -22,6 +23,9 @@ SHARE = 0.5
 STRENGTH = 10.0
 """`C` of the logistic regression, on vectors of length 1."""
 
+NO_WORD = -1
+"""Stands for a token that is no word, such as punctuation and control tokens."""
+
 _PLACE = 1_000_003  # larger than any vocabulary: three tokens and a length are one number of 63 bits
 _NONE = torch.iinfo(torch.int64).max
 
@@ -29,6 +33,22 @@ _NONE = torch.iinfo(torch.int64).max
 def _before(x: Tensor) -> Tensor:
     """What stood at the token before, nothing at the first: `[B, T] -> [B, T]`."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def folded(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """By token, the first one that spells the same but for upper case and spaces around it, or `NO_WORD` where it has neither
+    letter nor digit: `[size]`. How a request is typed is a matter of style, which differs from source to source. A part of a
+    character stands for itself."""
+    first: dict[str, int] = {}
+    out = torch.arange(size, dtype=torch.int32)
+    special = set(tokenizer.all_special_ids)
+    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))])):
+        if token in special:
+            out[token] = NO_WORD
+        elif "\N{REPLACEMENT CHARACTER}" not in text:
+            spelt = text.strip().lower()
+            out[token] = first.setdefault(spelt, token) if any(map(str.isalnum, spelt)) else NO_WORD
+    return out
 
 
 def grams(tokens: Tensor, mask: Tensor, opening: int = 0) -> tuple[Tensor, Tensor]:
@@ -59,16 +79,23 @@ class Words(nn.Module):
     """Log-probabilities from the distinct n-grams so far that are known, at most `count`, each weighted by its inverse document
     frequency, together a vector of length 1. What stands in every prompt weighs nothing; so that a prompt there does not take
     the weight of its words in a request, nothing counts that ends in the `opening` tokens. `share` is theirs in what is
-    decided: none before they were fitted."""
+    decided: none before they were fitted. With a `vocabulary`, so many tokens, they are read as `fold` says.
 
+    Args:
+        count: of n-grams, at most.
+        vocabulary: tokens of the base, or 0: each stands for itself.
+    """
+
+    fold: Tensor | None
     known: Tensor
     idf: Tensor
     table: Tensor
     bias: Tensor
     share: Tensor
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, vocabulary: int = 0):
         super().__init__()
+        self.register_buffer("fold", torch.arange(vocabulary, dtype=torch.int32) if vocabulary else None)
         self.register_buffer("known", torch.full((count,), _NONE))  # sorted
         self.register_buffer("idf", torch.zeros(count))
         self.register_buffer("table", torch.zeros(count, len(LABELS)))
@@ -76,9 +103,23 @@ class Words(nn.Module):
         self.register_buffer("share", torch.tensor(0.0))
         self.opening = 0
 
+    @torch.no_grad()
+    def learn_to_fold(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes what `folded` says of a tokenizer; before anything is measured."""
+        if self.fold is not None:
+            self.fold.copy_(folded(tokenizer, len(self.fold)))
+
+    def read(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`grams`, of folded tokens where they are: no n-gram goes across what is no word."""
+        if self.fold is not None:
+            behind = mask.cumsum(1) > self.opening
+            tokens = self.fold[tokens].long()
+            mask = mask.bool() & ((tokens != NO_WORD) | ~behind)
+        return grams(tokens, mask, self.opening)
+
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """At every token, of what stands up to it: `[B, T], [B, T] -> [B, T, 3]`."""
-        found, new = grams(tokens, mask, self.opening)
+        found, new = self.read(tokens, mask)
         row, known = _find(self.known, found)
         weight = torch.where(new & known, self.idf[row], 0.0)
         by_token = (*tokens.shape, LONGEST)
@@ -97,7 +138,7 @@ class Words(nn.Module):
         mask, `[B, T]` each, to `[N, count]`."""
         rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
         for tokens, mask in prompts:
-            found, new = grams(tokens.cpu(), mask.cpu(), self.opening)
+            found, new = (x.cpu() for x in self.read(tokens.to(self.known.device), mask.to(self.known.device)))
             rows += [row[counted].numpy() for row, counted in zip(found, new, strict=True)]
         numbers, times = np.unique(np.concatenate(rows), return_counts=True)
         most = np.argsort(-times, kind="stable")[: len(self.known)]

@@ -1,6 +1,9 @@
 """What the words say beside the states: n-grams of tokens, causal, fitted once, pooled where something is decided."""
 
+import copy
 import json
+import re
+import string
 
 import numpy as np
 import pytest
@@ -10,13 +13,14 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from so8t.adapter import load_agent
+from so8t.base import load_base
 from so8t.config import validate
 from so8t.errors import ArtefactError, ConfigError
 from so8t.export import export_hf
 from so8t.gates import GateSpec
 from so8t.model import HeadSpec, at_position
 from so8t.streaming import stream
-from so8t.words import LONGEST, SHARE, STRENGTH, Words, grams
+from so8t.words import LONGEST, NO_WORD, SHARE, STRENGTH, Words, grams
 from tests.fixtures import TINY
 from tests.test_export import LARGE, REQUESTS, check_decisions, forget, make_agent
 
@@ -24,10 +28,12 @@ prompts = st.lists(st.integers(0, 50_000), min_size=1, max_size=40)
 few = st.lists(st.integers(0, 4), min_size=1, max_size=40)  # so that n-grams come back
 
 
-def told(count: int = 97) -> Words:
-    """Words that know n-grams of small numbers, and say something about each."""
+def told(count: int = 97, *, folded: bool = False) -> Words:
+    """Words that know n-grams of small numbers, and say something about each; `folded`, with some that are no words."""
     draw = torch.Generator().manual_seed(0)
-    words, prompts = Words(count), torch.randint(0, 260, (50, 12), generator=draw) % 5
+    words, prompts = Words(count, 50_001 if folded else 0), torch.randint(0, 260, (50, 12), generator=draw) % 5
+    if folded:
+        words.fold[[0, 1, 2, 3]] = torch.tensor([NO_WORD, 1, 1, 3], dtype=torch.int32)
     words.measure([(prompts, torch.ones_like(prompts))])
     words.begin_with(torch.randn(3, count, generator=draw), torch.randn(3, generator=draw))
     return words
@@ -74,9 +80,12 @@ def test_what_ends_in_the_opening_of_every_prompt_counts_where_it_comes_again(op
 
 
 @settings(max_examples=40, deadline=None)
-@given(tokens=st.lists(few | prompts, min_size=1, max_size=4), pad=st.integers(0, 5), side=st.sampled_from(["left", "right"]))
-def test_padding_and_company_change_nothing_and_what_comes_later_neither(tokens, pad, side):
-    words, width = told(), max(map(len, tokens)) + pad
+@given(
+    tokens=st.lists(few | prompts, min_size=1, max_size=4), pad=st.integers(0, 5), side=st.sampled_from(["left", "right"]),
+    folded=st.booleans(),
+)  # fmt: skip
+def test_padding_and_company_change_nothing_and_what_comes_later_neither(tokens, pad, side, folded):
+    words, width = told(folded=folded), max(map(len, tokens)) + pad
     blank = [[9] * (width - len(t)) for t in tokens]
     ids = torch.tensor([t + b if side == "right" else b + t for t, b in zip(tokens, blank, strict=True)])
     real = [[1] * len(t) for t in tokens]
@@ -113,6 +122,56 @@ def test_where_there_are_more_n_grams_than_words_may_know_those_in_the_most_rows
     assert few.known.tolist() == sorted(few.known.tolist())
 
 
+def spelt(text: str) -> set[tuple[str, ...]]:
+    """By hand, what the words of a text are on the byte-level base: runs of up to three letters and digits, in lower case."""
+    runs = re.findall(r"[a-z0-9]+", text.lower())
+    return {tuple(run[k : k + n]) for run in runs for n in range(1, LONGEST + 1) for k in range(len(run) - n + 1)}
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer():
+    """That of the byte-level base."""
+    return load_base(TINY, cut=2).tokenizer
+
+
+ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=ascii_text)
+def test_folded_words_are_read_without_upper_case_spaces_and_punctuation(tiny_tokenizer, text):
+    words = Words(8, len(tiny_tokenizer))
+    words.learn_to_fold(tiny_tokenizer)
+    found, new = words.read(*row(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]))
+    letter = {c: int(tiny_tokenizer(c, add_special_tokens=False)["input_ids"][0]) for c in string.printable}
+    first = {c: min(letter[c], letter[c.upper()]) for c in string.ascii_lowercase + string.digits}
+    expected = {tuple(first[c] for c in gram) for gram in spelt(text)}
+    assert int(new.sum()) == len(expected)
+    numbers = set()
+    for gram in expected:
+        number = 0
+        for token in gram:
+            number = number * 1_000_003 + token + 1
+        numbers.add(number * LONGEST + len(gram) - 1)
+    assert set(found[new].tolist()) == numbers
+
+
+def test_the_real_base_s_tokens_fold_to_one_word_however_it_is_typed(real_base):
+    tokenizer = real_base.tokenizer
+    words = Words(8, len(tokenizer))
+    words.learn_to_fold(tokenizer)
+
+    def read(text):
+        found, new = words.read(*row(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return set(found[new].tolist())
+
+    assert read("How do I bake bread?") == read("how do i bake bread") == read(" how do I bake bread!!")
+    assert len(read(" make bread")) == 3
+    assert read(" make, bread") == read(" make") | read(" bread"), "none goes across a comma"
+    assert not read("?! ... <|im_end|>\n")
+    assert read("薬を飲む"), "parts of characters stand for themselves"
+
+
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +182,7 @@ def test_a_decision_is_half_the_probes_and_half_the_words_own_regression(prepare
     words = module.model.head.words
     batches = data.sample(10**6, batch_size=16)
     labels = torch.cat([b.labels for b in batches])
-    vectors = Words(4096).measure([(b.tokens, b.mask) for b in batches])
+    vectors = copy.deepcopy(words).measure([(b.tokens, b.mask) for b in batches])
     wanted = LogisticRegression(C=STRENGTH, max_iter=2000, class_weight="balanced").fit(vectors, labels)
     alone = torch.cat([at_position(words(b.tokens, b.mask), b.position) for b in batches])
     assert alone.exp().numpy() == pytest.approx(wanted.predict_proba(vectors), abs=5e-3)
@@ -159,18 +218,29 @@ def test_an_agent_keeps_its_words(tiny_run):
         load_agent(run)
 
 
-def test_an_export_reads_the_same_words(tmp_path):
-    agent = make_agent(tmp_path / "run", TINY, GateSpec(**LARGE), HeadSpec(words=300))
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_export_reads_the_same_words(tmp_path, fold):
+    agent = make_agent(tmp_path / "run", TINY, GateSpec(**LARGE), HeadSpec(words=300, fold_words=fold))
     words = agent.model.head.words
+    words.learn_to_fold(agent.model.base.tokenizer)
     told = [torch.tensor([agent.template.encode(request).tokens]) for request in (*REQUESTS, *REQUESTS, "bake a cake")]
     words.measure([(tokens, torch.ones_like(tokens)) for tokens in told])
     words.begin_with(torch.randn(3, 300), torch.randn(3))
-    found = [torch.isin(words.known[words.idf > 0], grams(t, torch.ones_like(t), words.opening)[0]).sum() for t in told]
+    found = [torch.isin(words.known[words.idf > 0], words.read(t, torch.ones_like(t))[0]).sum() for t in told]
     assert len(set(map(int, found))) >= 4, "prompts know different n-grams"
     assert {int(number) % LONGEST for number in words.known[words.idf > 0]} == {0, 1, 2}, "of every length"
     export_hf(agent, tmp_path / "hf")
     check_decisions(agent, tmp_path / "hf")
     check_decisions(agent, tmp_path / "hf", ("ÿ", "zzz qqq"))
+
+
+def test_an_adapter_from_before_words_were_folded_reads_them_as_it_did(tmp_path):
+    make_agent(tmp_path, TINY, GateSpec(**LARGE), HeadSpec(words=64))
+    forget(tmp_path, "fold_words")
+    words = load_agent(tmp_path).model.head.words
+    assert words.fold is None
+    tokens, mask = row([5, 6, 7])
+    assert all(torch.equal(a, b) for a, b in zip(words.read(tokens, mask), grams(tokens, mask, words.opening), strict=True))
 
 
 def test_an_adapter_from_before_there_were_words_has_none(tmp_path):
