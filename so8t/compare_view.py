@@ -16,6 +16,9 @@ from so8t.plots import COLOURS, Target, finish
 
 ABREAST, WIDTH = 4, 14
 """Figures in a table, and the columns that each takes, so that a table is no wider than 80."""
+DRAWN = ("macro_f1", "false_allow_rate", "over_refusal_rate")
+MANY = 12
+"""Variants, beyond which the picture's lines are closer."""
 TERMINAL = {"better": "green", "worse": "red"}
 MARKS = {
     "better": (COLOURS[0], "o"),
@@ -144,10 +147,11 @@ def notes(comparison: Comparison) -> list[str]:
 
 def plot_comparison(comparison: Comparison, to: Target) -> None:
     """A dot and its interval a variant, small dots the seeds; its colour and form tell the difference to the baseline."""
-    shown = [figure for figure in _known(comparison) if figure.key in ("macro_f1", "false_allow_rate")]
+    shown = [figure for figure in _known(comparison) if figure.key in DRAWN]
     keys, parts = list(dict.fromkeys(f.key for f in shown)), list(dict.fromkeys(f.part for f in shown))
     count = len(comparison.variants)
-    size = (4.6 * len(parts) + 2, len(keys) * (1.5 + 0.45 * count))
+    each = 0.45 if count <= MANY else 0.28
+    size = (4.6 * len(parts) + 2, len(keys) * (1.5 + each * count))
     figure, axes = plt.subplots(len(keys), len(parts), figsize=size, sharey=True, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -181,7 +185,7 @@ def plot_comparison(comparison: Comparison, to: Target) -> None:
         if v in verdicts
     ]
     legend.append(Line2D([], [], color="#000000", marker="o", ls=":", lw=1, label="baseline"))
-    below = -0.6 / (0.6 + 0.45 * count)
+    below = -0.6 / (0.6 + each * count)
     axes[-1][0].legend(handles=legend, loc="upper left", bbox_to_anchor=(0, below), ncols=2, fontsize=8, frameon=False)
     figure.suptitle(finding(comparison), fontsize=11)
     finish(figure, to)

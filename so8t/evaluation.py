@@ -51,7 +51,8 @@ ALONG = (
 )
 """Of what is decided along a request's tokens, with the digits that are shown."""
 GROUPED = SHOWN[:3]
-"""What is told of groups of rows, with intervals."""
+"""What a terminal is told of groups of rows; a report is told `SCORED` of them, too. All with intervals."""
+SCORED = SHOWN[5:]
 DIGITS = 6
 """Of a probability in a file."""
 UNKNOWN = "unknown"
@@ -363,13 +364,11 @@ def evaluate(
 
     def intervals(p: Predictions, rows: Sequence[int]) -> dict[str, Interval | None]:
         kept = [i for i in rows if not p.failed[i]]
-        return decision_intervals([labels[i] for i in kept], p.decisions[kept].tolist())
+        truth = [labels[i] for i in kept]
+        of_scores = score_intervals(p.probabilities[kept].double().numpy(), np.array(truth, dtype=np.int64))
+        return decision_intervals(truth, p.decisions[kept].tolist()) | of_scores
 
-    def of_scores(p: Predictions) -> dict[str, Interval | None]:
-        kept = ~p.failed
-        return score_intervals(p.probabilities[kept].double().numpy(), torch.tensor(labels)[kept].numpy())
-
-    everything = {who: intervals(p, range(len(records))) | of_scores(p) for who, p in tables.items()}
+    everything = {who: intervals(p, range(len(records))) for who, p in tables.items()}
     if predictions.stream is not None:
         everything["SO8T"] |= _along(predictions, labels)
     intervals_95 = {"all": everything}

@@ -8,7 +8,7 @@ from functools import partial
 
 from so8t.calibration_panel import calibration_panel, under_policy
 from so8t.curves import OperatingPoint, operating_point, reliability, risk_coverage, trade_off
-from so8t.evaluation import ALONG, GROUPED, SHOWN
+from so8t.evaluation import ALONG, GROUPED, SCORED, SHOWN
 from so8t.intervals import ENOUGH, Interval, number
 from so8t.labels import LABELS, Label
 from so8t.memory_panel import memory_panel
@@ -182,15 +182,19 @@ def _metrics(run: RunFolder) -> Panel:
         panel.tables.append(Table(about, ["classifier", *heads], rows))
         for kind, groups in (("source", scores.by_source), ("language", scores.by_language), ("form", scores.by_form)):
             names = list(next(iter(groups.values()), {}))
-            rows = []
+            rows, scored = [], []
             for group, table in groups.items():
                 own, intervals = table.get("SO8T", {}), scores.intervals_95.get(kind, {}).get(group, {})
                 accuracies = [number(table.get(who, {}).get("accuracy")) for who in names]
                 told = [_figure(own.get(key), intervals.get(key)) for key, _ in GROUPED]
-                rows.append([group, str(int(own.get("rows") or 0)), *accuracies, *told])
+                of_rows = str(int(own.get("rows") or 0))
+                rows.append([group, of_rows, *accuracies, *told])
+                scored.append([group, of_rows, *(_figure(own.get(key), intervals.get(key)) for key, _ in SCORED)])
             if rows:
                 about = f"{title}, by {kind}: accuracy of each classifier, and SO8T's figures"
                 panel.tables.append(Table(about, [kind, "rows", *names, *(head for _, head in GROUPED)], rows))
+                about = f"{title}, by {kind}: how good SO8T's probabilities are"
+                panel.tables.append(Table(about, [kind, "rows", *(head for _, head in SCORED)], scored))
     return panel
 
 

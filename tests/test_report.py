@@ -259,10 +259,11 @@ def test_the_rows_of_a_run_are_told_by_source_part_and_label(run, tmp_path):
 
 def test_groups_are_shown_with_their_intervals(run):
     scores = json.loads((run / "test.json").read_text())
-    scores["intervals_95"]["form"]["unknown"]["macro_f1"] = [0.111, 0.888]
+    scores["intervals_95"]["form"]["unknown"] |= {"macro_f1": [0.111, 0.888], "ece": [0.222, 0.333]}
     (run / "test.json").write_text(json.dumps(scores))
     shown = tables_of(run, "metrics")
-    (title,) = (title for title in shown if "by form" in title)
+    title, other = (title for title in shown if "by form" in title)
+    assert [cell.endswith(" [0.22,\N{NO-BREAK SPACE}0.33]") for cell in shown[other][0]] == [False] * 5 + [True]
     assert shown[title][0][0] == "unknown", "these rows tell no form"
     assert any(cell.endswith(" [0.11,\N{NO-BREAK SPACE}0.89]") for cell in shown[title][0])
     assert any("by language" in title for title in shown)
