@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 
-from benchmarks.gates import RESULTS, ROOT, machine
+from benchmarks.gates import RESULTS, ROOT, composed, machine
 from so8t.compare import Comparison, compare
 from so8t.compare_view import as_json, plot_comparison, print_comparison
 from so8t.console import quieten, reported
@@ -60,6 +62,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "reads_last": ("head.reads=[last]",),
     "random_head": ("head.probe=0", "head.words=0"),  # beside no_words: words need the probe
     "no_words": ("head.words=0",),
+    "not_folded": ("head.fold_words=false",),
     "no_limit": ("head.familiar=0",),
     "smoothed": ("head.smoothing=0.8",),
     # PET
@@ -94,6 +97,28 @@ def folder_of(name: str, seed: int) -> Path:
     return ROOT / "multirun" / "ablations" / name / str(seed)
 
 
+def settings(name: str, seed: int, overrides: list[str]) -> list[str]:
+    """What is asked of a run, as overrides."""
+    return [*COMMON, f"seed={seed}", *VARIANTS[name], f"tags=[{name}]", *overrides]
+
+
+def other_settings(folder: Path, name: str, seed: int, overrides: list[str]) -> list[str]:
+    """Settings in which a run that is there differs from what is asked for now: it was run by another version, or with other
+    overrides, and is compared as it is."""
+    asked, had = (OmegaConf.to_container(c, resolve=True) for c in (composed(settings(name, seed, overrides), folder),
+                                                                    OmegaConf.load(folder / "config.yaml")))  # fmt: skip
+    ours, theirs = flat(asked), flat(had)
+    keys = (key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    return sorted(key for key in keys if not key.startswith(("paths.", "callbacks.", "trainer.enable", "logger.")))
+
+
+def flat(nested: object, begin: str = "") -> dict[str, object]:
+    """Dotted keys and their values."""
+    if not isinstance(nested, dict) or not nested:
+        return {begin: nested}
+    return {k: v for key, value in nested.items() for k, v in flat(value, f"{begin}.{key}" if begin else str(key)).items()}
+
+
 def one_run(name: str, seed: int, overrides: list[str]) -> None:
     """Trains and evaluates in a process of its own, unless that was done before.
 
@@ -104,7 +129,7 @@ def one_run(name: str, seed: int, overrides: list[str]) -> None:
     if (folder / "metrics.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "train.py"), *COMMON, f"seed={seed}", *VARIANTS[name], f"tags=[{name}]", *overrides]
+    command = [sys.executable, str(ROOT / "train.py"), *settings(name, seed, overrides)]
     begun = time.monotonic()
     with (folder / "stdout.log").open("w") as log:
         done = subprocess.run(
@@ -152,6 +177,10 @@ def main() -> None:
             for running in [pool.submit(one_run, name, seed, args.overrides) for name, seed in wanted]:
                 running.result()
         found = dict(finished(args.seeds))
+        for name, folders in found.items():
+            if other := other_settings(folders[0], name, args.seeds[0], args.overrides):
+                told = f"{name}: compared as it was run before, with another {', '.join(other)}; to run it again, delete "
+                Console(stderr=True).print(f"[yellow]{escape(told)}{folders[0].parent}[/]")
         comparison = compare([folder for folders in found.values() for folder in folders], baseline=BASELINE)
         print_comparison(comparison, Console(width=200))
         plot_comparison(comparison, RESULTS / "ablations.png")

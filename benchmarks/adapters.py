@@ -11,7 +11,7 @@ from so8t.lightning_module import SO8TModule
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 NO_GATES = ("gate=none", "loss.task_weight=0")
-# rotations of ours and low-rank updates want different step sizes: 1e-3 is at the upper end of what LoRA is trained with
+# whatever steps rotations take: 1e-3 is at the upper end of what LoRA is trained with
 ADAPTER_RATE = ("optim.gate_lr=0.001", "optim.gate_weight_decay=0.0")
 
 

@@ -17,6 +17,7 @@ from so8t.plots import COLOURS, Target, finish
 ABREAST, WIDTH = 4, 14
 """Figures in a table, and the columns that each takes, so that a table is no wider than 80."""
 DRAWN = ("macro_f1", "false_allow_rate", "over_refusal_rate")
+"""Figures on the picture, a row of it each."""
 MANY = 12
 """Variants, beyond which the picture's lines are closer."""
 TERMINAL = {"better": "green", "worse": "red"}
@@ -150,7 +151,8 @@ def plot_comparison(comparison: Comparison, to: Target) -> None:
     shown = [figure for figure in _known(comparison) if figure.key in DRAWN]
     keys, parts = list(dict.fromkeys(f.key for f in shown)), list(dict.fromkeys(f.part for f in shown))
     count = len(comparison.variants)
-    each = 0.45 if count <= MANY else 0.28
+    names = [textwrap.fill(textwrap.shorten(variant.name, 90, placeholder=" ..."), 32) for variant in comparison.variants]
+    each = 0.45 if count <= MANY else 0.13 + 0.15 * max(name.count("\n") + 1 for name in names)
     size = (4.6 * len(parts) + 2, len(keys) * (1.5 + each * count))
     figure, axes = plt.subplots(len(keys), len(parts), figsize=size, sharey=True, squeeze=False)
     for axis in axes.flat:
@@ -173,8 +175,7 @@ def plot_comparison(comparison: Comparison, to: Target) -> None:
                 axis.axvline(mean, color="#000000", ls=":", lw=1)
         axis.set(xlabel=f"{what.title} ({'more' if what.more else 'less'} is better)")
         axis.grid(axis="x", alpha=0.3)
-    names = [textwrap.shorten(variant.name, 90, placeholder=" ...") for variant in comparison.variants]
-    axes[0][0].set_yticks(range(count), [textwrap.fill(name, 32) for name in names])
+    axes[0][0].set_yticks(range(count), names)
     for left in axes[:, 0]:
         left.tick_params("y", labelsize=8)
     axes[0][0].set_ylim(count - 0.4, -0.6)

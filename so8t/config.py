@@ -99,7 +99,8 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
 
 _HYDRAS_OWN = {
     "Config group override must be": "configuration: a group cannot be null: choose one of its options, such as gate=none",
-    "Only one of --run": "--multirun (-m), --cfg and --info do not go together: leave all but one out",
+    "Only one of --run": "of --run, --multirun (-m), --cfg, --info and --shell-completion only one goes at a time",
+    "The --resolve flag": "--resolve goes with --cfg: python train.py --cfg job --resolve",
 }
 """By the words that Hydra begins with, of errors that it raises as ValueError."""
 

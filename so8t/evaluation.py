@@ -282,7 +282,7 @@ class Evaluation:
     """Figures of one set: overall by classifier, and by source, language and form.
 
     `intervals_95` are by kind of group (`source`, `language`, `form`), group and figure, SO8T's; under `all` they are each
-    classifier's over all rows, and of the figures of probabilities too.
+    classifier's over all rows, and of what is decided along the tokens too.
     """
 
     name: str

@@ -207,9 +207,9 @@ def head_settings(agent: Agent) -> dict[str, object]:
             "after the final norm, k the output of layer k, 0 the embedding), u = x / rms(x) of that token and/or of the mean "
             "of u over all tokens, scaled to root mean square 1 again, as `pooling` says (token, mean, both). Where `words` is "
             "a number N, n-grams of up to N tokens that end behind `before` decide as well, each the number N * m + n - 1 with "
-            "m <- 1000003 * m + token + 1 from m = 0; where there is words.fold, of words.fold[token], and none goes across a "
-            "-1 behind `before`: words.table^T x + words.bias, x = words.idf of what is there of words.known, at length 1; "
-            "log-probabilities of both, words.share of the words'. ALLOW is not "
+            "m <- 1000003 * m + token + 1 from m = 0; where there is words.fold, of words.fold[token], and n-grams that hold a "
+            "-1 behind `before` are not read: words.table^T x + words.bias, x = words.idf of what is there of words.known, at "
+            "length 1; log-probabilities of both, words.share of the words'. ALLOW is not "
             "given where mean((scale * (f - shift))^2) > `limit`, with f the features, those of 'last' turned by `turn`"
         ),
         "before": template.before,

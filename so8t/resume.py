@@ -19,6 +19,8 @@ _GATE = [f"gate.{field.name}" for field in fields(GateSpec) if field.name != "in
 _HEAD = [f"head.{key}" for key in (*OF_HEAD, "commutator")]
 _PROMPTS = ["data.decision_prompt", "data.system_prompt"]
 _ABSENT = object()
+_BEFORE = {"head.fold_words": False}
+"""What runs from before a setting did; of other settings that a run does not name it is not known."""
 
 
 def find_checkpoint(asked: str | None, run: Path) -> Path | None:
@@ -71,7 +73,7 @@ def check_continues(checkpoint: Path, composed: DictConfig) -> None:
     other = [
         key
         for key in (*_BASE, *_GATE, *_HEAD, *_PROMPTS)
-        if OmegaConf.select(before, key, default=_ABSENT) not in (_ABSENT, OmegaConf.select(composed, key))
+        if OmegaConf.select(before, key, default=_BEFORE.get(key, _ABSENT)) not in (_ABSENT, OmegaConf.select(composed, key))
     ]
     if other:
         raise ArtefactError(

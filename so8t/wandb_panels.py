@@ -26,8 +26,8 @@ def log_panels(logger: WandbLogger, panels: Sequence[Panel]) -> None:
 
 
 def logger_of(run: RunFolder) -> WandbLogger:
-    """Goes on with the Weights & Biases run that a finished run was logged to, offline where it was. Nothing is instantiated
-    that its `config.yaml` names.
+    """Goes on with the Weights & Biases run that a finished run was logged to by `logger.wandb` into its own folder, offline
+    where it was. Nothing is instantiated that its `config.yaml` names.
 
     Raises:
         ArtefactError: it was trained without that logger, or its folder `wandb/` is gone.
@@ -39,11 +39,6 @@ def logger_of(run: RunFolder) -> WandbLogger:
     if not names:
         raise ArtefactError(f"{run.folder / 'wandb'}: no run of Weights & Biases is in it, so there is none to go on with")
     newest = max(names, key=lambda found: found[1])[2]
-    return WandbLogger(
-        project=settings.get("project", "so8t"),
-        entity=settings.get("entity"),
-        save_dir=run.folder,
-        offline=bool(settings.get("offline", True)),
-        id=newest,
-        resume="allow",
-    )
+    where = {"project": settings["project"]} if settings.get("project") else {}
+    offline = bool(settings.get("offline", False))
+    return WandbLogger(save_dir=run.folder, offline=offline, id=newest, entity=settings.get("entity"), **where)

@@ -1,9 +1,11 @@
 """What the words of a prompt say by themselves: a linear map of the n-grams of its tokens, beside the states of the base.
 
 A base that knows little of a language, as the embedded one does of Japanese, still spells it in tokens, and which tokens stand
-there tells much. Fitted once, where the head begins; gates and head never learn from it, nor it from them.
+there tells much. Fitted once, where the head begins; gates and head never learn from it, nor it from them. Tokens can be
+folded: read without upper case and spaces, and those that are no word not at all.
 """
 
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -35,10 +37,14 @@ def _before(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
+def _of_a_word(character: str) -> bool:
+    return character.isalnum() or unicodedata.category(character).startswith("M")
+
+
 def folded(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
-    """By token, the first one that spells the same but for upper case and spaces around it, or `NO_WORD` where it has neither
-    letter nor digit: `[size]`. How a request is typed is a matter of style, which differs from source to source. A part of a
-    character stands for itself."""
+    """By token, the first one that spells the same but for upper case and spaces around it, or `NO_WORD` where it has no
+    letter, digit or mark on one: `[size]`. How a request is typed is a matter of style, which differs from source to source. A
+    part of a character stands for itself; signs inside a token of letters, as in "'s", stay."""
     first: dict[str, int] = {}
     out = torch.arange(size, dtype=torch.int32)
     special = set(tokenizer.all_special_ids)
@@ -47,7 +53,7 @@ def folded(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
             out[token] = NO_WORD
         elif "\N{REPLACEMENT CHARACTER}" not in text:
             spelt = text.strip().lower()
-            out[token] = first.setdefault(spelt, token) if any(map(str.isalnum, spelt)) else NO_WORD
+            out[token] = first.setdefault(spelt, token) if any(map(_of_a_word, spelt)) else NO_WORD
     return out
 
 
@@ -79,11 +85,11 @@ class Words(nn.Module):
     """Log-probabilities from the distinct n-grams so far that are known, at most `count`, each weighted by its inverse document
     frequency, together a vector of length 1. What stands in every prompt weighs nothing; so that a prompt there does not take
     the weight of its words in a request, nothing counts that ends in the `opening` tokens. `share` is theirs in what is
-    decided: none before they were fitted. With a `vocabulary`, so many tokens, they are read as `fold` says.
+    decided: none before they were fitted. With a `vocabulary`, tokens are read as `fold` says.
 
     Args:
         count: of n-grams, at most.
-        vocabulary: tokens of the base, or 0: each stands for itself.
+        vocabulary: how many tokens the base has, or 0: each stands for itself.
     """
 
     fold: Tensor | None

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf, open_dict
 
 from benchmarks import ablations
 from benchmarks.ablations import COMMON, VARIANTS
+from benchmarks.gates import composed
 from so8t.config import validate
 from so8t.errors import SO8TError
 from tests.conftest import ROOT
@@ -49,6 +50,15 @@ def test_what_a_sweep_is_measured_against_is_the_default_run():
             assert config == plain, experiment
 
 
+def test_ablations_take_the_steps_of_the_groups_that_they_are_named_after():
+    recipe = ("original_recipe", ["experiment=recipe/original"])
+    for name, chosen in (("default", ["optim=large_steps"]), ("small_steps", ["optim=default"]), recipe):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            ours = compose("train", overrides=["data=starter", *COMMON, *VARIANTS[name], "paths.output_dir=x"])
+            theirs = compose("train", overrides=["data=starter", *chosen, "paths.output_dir=x"])
+        assert ours.optim == theirs.optim, name
+
+
 def test_every_ablation_is_valid_and_no_two_are_the_same():
     seen = {}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -66,3 +76,14 @@ def test_an_ablation_that_was_run_is_not_run_again_and_one_that_failed_says_wher
     (ablations.folder_of("none", 1) / "metrics.json").write_text("{}")
     ablations.one_run("none", 1, [])
     assert [name for name, _ in ablations.finished([1])] == ["none"]
+
+
+def test_a_run_of_other_settings_that_is_found_by_an_ablation_is_told(tmp_path):
+    more = ["data=starter", "trainer.limit_train_batches=0.3"]
+    saved = composed(ablations.settings("none", 1, more), tmp_path)
+    OmegaConf.save(saved, tmp_path / "config.yaml", resolve=True)
+    assert ablations.other_settings(tmp_path, "none", 1, more) == []
+    assert ablations.other_settings(tmp_path, "none", 1, more[:1]) == ["trainer.limit_train_batches"]
+    del saved.head["fold_words"]
+    OmegaConf.save(saved, tmp_path / "config.yaml", resolve=True)
+    assert ablations.other_settings(tmp_path, "none", 1, more) == ["head.fold_words"]

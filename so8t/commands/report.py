@@ -1,5 +1,5 @@
-"""`so8t report`: one HTML file about a trained run and its pictures as PNGs, from what its folder holds; it needs no base and
-no network."""
+"""`so8t report`: one HTML file about a trained run and its pictures as PNGs, from what its folder holds; it needs no base and,
+but for `--wandb` of a run that was logged online, no network."""
 
 from __future__ import annotations
 
@@ -43,8 +43,16 @@ def run(args: argparse.Namespace) -> None:
         write_out(plots / f"{picture.name}.png", picture.png)
     print(f"report: {out}; its pictures: {plots}")
     if args.wandb:
+        from wandb import Error
+
         from so8t.wandb_panels import log_panels, logger_of
 
         logger = logger_of(read)
-        log_panels(logger, told)
-        logger.experiment.finish()
+        try:
+            try:
+                log_panels(logger, told)
+            finally:
+                logger.experiment.finish()
+        except Error as error:
+            raise SO8TError(f"Weights & Biases: {error}") from None
+        print(f"wandb: run {logger.version} of project {logger.name}")
