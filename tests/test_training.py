@@ -425,7 +425,8 @@ def test_the_adapter_is_the_best_validation_and_not_the_last(tiny_run):
     from safetensors.torch import load_file
 
     _, run = tiny_run(
-        "evaluate=false", SPY, "data.batch_size=16", "trainer.max_epochs=6", "optim.head_lr=0.3", "optim.warmup_steps=0",
+        "evaluate=false", SPY, "data.batch_size=16", "trainer.max_epochs=6", "optim.head_lr=0.3", "optim.gate_lr=0.02",
+        "optim.warmup_steps=0",
         "optim.final_lr_fraction=1", "callbacks.best.false_allow_ceiling=1", "~callbacks.guard", "head.probe=0", "head.words=0",
         "seed=3",
     )  # fmt: skip
