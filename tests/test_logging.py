@@ -239,7 +239,7 @@ def test_a_run_without_wandb_cannot_go_on_there(logged_run, so8t, tmp_path, gone
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert "Weights & Biases" in err
-    assert (run / "report.html").is_file(), "what could be written is"
+    assert not (run / "report.html").exists(), "told before anything is drawn"
 
 
 def test_no_request_is_sent_to_wandb(logged_run, wandb_run):

@@ -36,18 +36,20 @@ def run(args: argparse.Namespace) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise SO8TError(f"--out {out} would be taken for something else than a page: give it a name that ends in .html")
     read = read_run(args.run)
+    logger = None
+    if args.wandb:
+        from so8t.wandb_panels import log_panels, logger_of
+
+        logger = logger_of(read)
     told = panels(read)
     write_out(out, render(read, told).encode())
     plots = args.run / "plots" if args.out is None else out.with_name(f"{out.stem}_plots")
     for picture in (picture for panel in told for picture in panel.pictures):
         write_out(plots / f"{picture.name}.png", picture.png)
     print(f"report: {out}; its pictures: {plots}")
-    if args.wandb:
+    if logger is not None:
         from wandb import Error
 
-        from so8t.wandb_panels import log_panels, logger_of
-
-        logger = logger_of(read)
         try:
             try:
                 log_panels(logger, told)
