@@ -109,7 +109,11 @@ def other_settings(folder: Path, name: str, seed: int, overrides: list[str]) -> 
                                                                     OmegaConf.load(folder / "config.yaml")))  # fmt: skip
     ours, theirs = flat(asked), flat(had)
     keys = (key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    return sorted(key for key in keys if not key.startswith(("paths.", "callbacks.", "trainer.enable", "logger.")))
+    return sorted(
+        key
+        for key in keys
+        if not key.startswith(("paths.", "callbacks.", "trainer.enable", "trainer.default_root_dir", "logger."))
+    )
 
 
 def flat(nested: object, begin: str = "") -> dict[str, object]:
@@ -179,8 +183,8 @@ def main() -> None:
         found = dict(finished(args.seeds))
         for name, folders in found.items():
             if other := other_settings(folders[0], name, args.seeds[0], args.overrides):
-                told = f"{name}: compared as it was run before, with another {', '.join(other)}; to run it again, delete "
-                Console(stderr=True).print(f"[yellow]{escape(told)}{folders[0].parent}[/]")
+                line = f"{name}: compared as it was run, with another {', '.join(other)}; to run it again, delete "
+                Console(stderr=True).print(f"[yellow]{escape(line)}{folders[0].parent}[/]")
         comparison = compare([folder for folders in found.values() for folder in folders], baseline=BASELINE)
         print_comparison(comparison, Console(width=200))
         plot_comparison(comparison, RESULTS / "ablations.png")

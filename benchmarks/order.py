@@ -1,12 +1,12 @@
 """What the order of the last pair is worth: trained agents read as if `R_cmd` came first, for the analysis alone.
 
-    .venv/bin/python -m benchmarks.order RUN [RUN ...] [--part test]
+    .venv/bin/python -m benchmarks.order RUN [RUN ...] [--part test] [--name order]
 
 In the agent the head reads `R_safe h` and the lm_head `R_cmd R_safe h`. Reversed, `R_cmd` turns first, then `R_safe`, and both
 read what comes out, `R_safe R_cmd h`. Told over a split's rows: decisions that change, figures of both orders, and, at the
 decision position, how far the two orders are apart (`|R_safe R_cmd h - R_cmd R_safe h| / |h|`), the KL divergence of the next
 token (nats) and how often its most likely one is another. Train with a task loss: without one `R_cmd` is what it began as.
-Writes `results/order.json`.
+Writes `results/NAME.json`.
 """
 
 import argparse
@@ -94,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--part", choices=("test", "unseen"), default="test")
+    parser.add_argument("--name", default="order", help="of the file of results (default order)")
     args = parser.parse_args()
     quieten()
     found = []
@@ -106,7 +107,7 @@ def main() -> None:
     for key in list(found[0])[2:]:
         table.add_row(key.replace("_", " "), spread([run[key] for run in found]))
     Console().print(table)
-    write_json(RESULTS / "order.json", {"machine": machine(), "part": args.part, "runs": found})
+    write_json(RESULTS / f"{args.name}.json", {"machine": machine(), "part": args.part, "runs": found})
 
 
 if __name__ == "__main__":
