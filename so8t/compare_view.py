@@ -188,7 +188,7 @@ def plot_comparison(comparison: Comparison, to: Target) -> None:
     legend.append(Line2D([], [], color="#000000", marker="o", ls=":", lw=1, label="baseline"))
     below = -0.6 / (0.6 + each * count)
     axes[-1][0].legend(handles=legend, loc="upper left", bbox_to_anchor=(0, below), ncols=2, fontsize=8, frameon=False)
-    figure.suptitle(finding(comparison), fontsize=11)
+    axes[0][0].set_title(finding(comparison), fontsize=11, loc="left")
     finish(figure, to)
 
 
