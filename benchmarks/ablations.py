@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.gates import RESULTS, ROOT, composed, machine
-from so8t.compare import Comparison, compare
+from so8t.compare import Comparison, compare, flat_settings
 from so8t.compare_view import as_json, plot_comparison, print_comparison
 from so8t.console import quieten, reported
 from so8t.errors import SO8TError
@@ -105,22 +105,9 @@ def settings(name: str, seed: int, overrides: list[str]) -> list[str]:
 def other_settings(folder: Path, name: str, seed: int, overrides: list[str]) -> list[str]:
     """Settings in which a run that is there differs from what is asked for now: it was run by another version, or with other
     overrides, and is compared as it is."""
-    asked, had = (OmegaConf.to_container(c, resolve=True) for c in (composed(settings(name, seed, overrides), folder),
-                                                                    OmegaConf.load(folder / "config.yaml")))  # fmt: skip
-    ours, theirs = flat(asked), flat(had)
-    keys = (key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    return sorted(
-        key
-        for key in keys
-        if not key.startswith(("paths.", "callbacks.", "trainer.enable", "trainer.default_root_dir", "logger."))
-    )
-
-
-def flat(nested: object, begin: str = "") -> dict[str, object]:
-    """Dotted keys and their values."""
-    if not isinstance(nested, dict) or not nested:
-        return {begin: nested}
-    return {k: v for key, value in nested.items() for k, v in flat(value, f"{begin}.{key}" if begin else str(key)).items()}
+    configs = composed(settings(name, seed, overrides), folder), OmegaConf.load(folder / "config.yaml")
+    asked, had = (flat_settings(OmegaConf.to_container(config, resolve=True)) for config in configs)
+    return sorted(key for key in asked.keys() | had.keys() if asked.get(key) != had.get(key))
 
 
 def one_run(name: str, seed: int, overrides: list[str]) -> None:

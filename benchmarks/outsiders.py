@@ -88,13 +88,14 @@ def measured(run: Path, records: list[Record]) -> dict[str, dict[str, object]]:
     found = {}
     failed = tables["SO8T"].failed
     for name in [*sorted({r.source for r in kept}), TOGETHER]:
-        rows = [i for i, r in enumerate(kept) if name in (r.source, TOGETHER) and not failed[i]]
+        its = [i for i, r in enumerate(kept) if name in (r.source, TOGETHER)]
+        rows = [i for i in its if not failed[i]]
         of = [kept[i] for i in rows]
         benign = sum(r.safety_label == Label.ALLOW for r in of)
         found[name] = {
             "benign": benign,
             "harmful": len(of) - benign,
-            "failures": sum(bool(failed[i]) for i, r in enumerate(kept) if name in (r.source, TOGETHER)),
+            "failures": len(its) - len(rows),
             "classifiers": {who: binary(table.decisions[rows], table.probabilities[rows], of) for who, table in tables.items()},
         }
     return found

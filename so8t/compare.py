@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -283,7 +284,7 @@ def _grouped(runs: list[RunFolder]) -> tuple[list[Variant], list[LeftOut]]:
     settings: dict[str, dict[str, str]] = {}
     twins: list[LeftOut] = []
     for run in runs:
-        flat = _settings(run)
+        flat = flat_settings(run.config or {})
         key = json.dumps(flat, sort_keys=True)
         group = groups.setdefault(key, [])
         settings[key] = flat
@@ -311,10 +312,11 @@ def _seed(run: RunFolder) -> int:
     return seed if isinstance(seed, int) else 0
 
 
-def _settings(run: RunFolder) -> dict[str, str]:
-    """Dotted keys of `config.yaml` and their values, as an override would say them; the run's own folder is taken out."""
+def flat_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys of a resolved `config.yaml` and their values, as an override would say them, without those in `IGNORED`; the
+    run's own folder is taken out."""
     flat: dict[str, str] = {}
-    own = str(run.setting("paths.output_dir"))
+    own = str((config.get("paths") or {}).get("output_dir"))
 
     def walk(prefix: str, value: object) -> None:
         if any(prefix == ignored or prefix.startswith(f"{ignored}.") for ignored in IGNORED):
@@ -325,7 +327,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
         else:
             flat[prefix] = _told(value).replace(own, ".")
 
-    walk("", run.config)
+    walk("", config)
     return flat
 
 
