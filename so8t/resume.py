@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from so8t.adapter import OF_HEAD
 from so8t.errors import ArtefactError
 from so8t.gates import GateSpec
+from so8t.model import HeadSpec
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ _GATE = [f"gate.{field.name}" for field in fields(GateSpec) if field.name != "in
 _HEAD = [f"head.{key}" for key in (*OF_HEAD, "commutator")]
 _PROMPTS = ["data.decision_prompt", "data.system_prompt"]
 _ABSENT = object()
-_BEFORE = {"head.fold_words": False}
-"""What runs from before a setting did; of other settings that a run does not name it is not known."""
+_BEFORE = {key: getattr(HeadSpec(), key.removeprefix("head.")) for key in _HEAD}
+"""What runs from before one of these settings did; of others that a run does not name it is not known."""
 
 
 def find_checkpoint(asked: str | None, run: Path) -> Path | None:
