@@ -17,13 +17,14 @@ from torch import Tensor
 
 from so8t.base import shared_lead
 from so8t.baselines import Baselines, Floats
-from so8t.curves import auprc_not_allow, risk_coverage
+from so8t.curves import Integers, auprc_not_allow, risk_coverage
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import LengthSampler, RecordDataset
 from so8t.data.records import Record
 from so8t.data.store import PrefixStore, row_key
 from so8t.data.tokenise import Template
 from so8t.files import write_text
+from so8t.groupings import rows_by_group
 from so8t.intervals import ENOUGH, Interval, along_intervals, decision_intervals, number, score_intervals
 from so8t.labels import LABELS, Label
 from so8t.metrics import SafetyMetrics, flicker
@@ -55,8 +56,6 @@ GROUPED = SHOWN[:3]
 SCORED = SHOWN[5:]
 DIGITS = 6
 """Of a probability in a file."""
-UNKNOWN = "unknown"
-"""Language or form of rows that tell none."""
 
 
 @dataclass
@@ -213,9 +212,25 @@ def predict(
     return out
 
 
+@dataclass(frozen=True)
+class Along:
+    """Figures of what is decided along tokens, and the intervals of those that are means or shares."""
+
+    figures: dict[str, float]
+    intervals_95: dict[str, Interval | None]
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values; NaN becomes null."""
+        return {**_no_nan(self.figures), "intervals_95": self.intervals_95}
+
+    def number(self, key: str, *, digits: int) -> str:
+        """A figure with its interval, as people read it."""
+        return number(self.figures[key], self.intervals_95.get(key), digits=digits)
+
+
 def along_answers(
     model: SO8TModel, records: Sequence[Record], template: Template, *, batch_size: int, cache: PrefixCache, title: str = ""
-) -> dict[str, float]:
+) -> Along:
     """What is decided along the tokens of answers (`answered`): of ALLOW rows how often it changes and is a false alarm, of
     risky ones how many are detected and when. One pass a row reads every token where it stands, and not behind the end of a
     prompt as the watch at work does. Rows that are not read whole are `left_out`, and so are failures."""
@@ -228,13 +243,15 @@ def along_answers(
     kept = (~seen.failed).nonzero()[:, 0]
     labels, stream = labels[kept], seen.stream.chosen(kept)
     benign = labels == Label.ALLOW
-    return {
+    changes = seen.changes[kept].where(benign, torch.nan)
+    figures = {
         "allow_rows": float(benign.sum()),
         "risky_rows": float((~benign).sum()),
         "left_out": float(len(rows) - len(kept)),
-        "decision_changes": float(seen.changes[kept][benign].nanmean()),
+        "decision_changes": float(changes.nanmean()),
         **stream.figures(labels),
     }
+    return Along(figures, _intervals(stream, changes, labels.numpy()))
 
 
 @torch.no_grad()
@@ -290,7 +307,7 @@ class Evaluation:
     groups: dict[str, Groups]
     confusion: list[list[int]]
     intervals_95: dict[str, dict[str, dict[str, Interval | None]]]
-    answers: dict[str, float] | None = None
+    answers: Along | None = None
     """What `along_answers` found, where it was asked for."""
 
     @property
@@ -312,7 +329,7 @@ class Evaluation:
                 f"by_{kind}": {group: {who: _no_nan(v) for who, v in table.items()} for group, table in groups.items()}
                 for kind, groups in self.groups.items()
             },
-            **({} if self.answers is None else {"answers": _no_nan(self.answers)}),
+            **({} if self.answers is None else {"answers": self.answers.as_json()}),
         }
 
 
@@ -320,17 +337,9 @@ def _no_nan(figures: dict[str, float]) -> dict[str, float | None]:
     return {k: (None if math.isnan(v) else v) for k, v in figures.items()}
 
 
-def _rows_by_group(records: Sequence[Record]) -> dict[str, dict[str, list[int]]]:
-    """Row numbers by kind of group and group."""
-    values = {
-        "source": [r.source for r in records],
-        "language": [r.language or UNKNOWN for r in records],
-        "form": [r.form or UNKNOWN for r in records],
-    }
-    found = {
-        kind: {group: [i for i, other in enumerate(of) if other == group] for group in sorted(set(of))}
-        for kind, of in values.items()
-    }
+def _scored_groups(records: Sequence[Record]) -> dict[str, dict[str, list[int]]]:
+    """Row numbers by kind of group and group; benign rows that sound dangerous are one beside the sources."""
+    found = rows_by_group(records)
     if dangerous := [i for i, r in enumerate(records) if r.sounds_dangerous]:
         found["source"]["(benign, sounds dangerous)"] = dangerous
     return found
@@ -353,13 +362,13 @@ def evaluate(
     for label, constant in enumerate(LABELS):
         always = torch.eye(len(LABELS))[label].expand(len(records), -1)
         overall[f"always {constant}"] = Predictions.of_probabilities(always).metrics(records)
-    rows_by_group = _rows_by_group(records)
+    scored = _scored_groups(records)
     groups = {
         kind: {
             group: {who: p.metrics(records, rows) for who, p in tables.items() if who != "context only"}
             for group, rows in found.items()
         }
-        for kind, found in rows_by_group.items()
+        for kind, found in scored.items()
     }
 
     def intervals(p: Predictions, rows: Sequence[int]) -> dict[str, Interval | None]:
@@ -372,7 +381,7 @@ def evaluate(
     if predictions.stream is not None:
         everything["SO8T"] |= _along(predictions, labels)
     intervals_95 = {"all": everything}
-    for kind, found in rows_by_group.items():
+    for kind, found in scored.items():
         intervals_95[kind] = {group: intervals(predictions, rows) for group, rows in found.items()}
     confusion = torch.zeros(len(LABELS), len(LABELS), dtype=torch.long)
     for label, decision, failed in zip(labels, predictions.decisions.tolist(), predictions.failed.tolist(), strict=True):
@@ -383,10 +392,14 @@ def evaluate(
 
 def _along(predictions: Predictions, labels: Sequence[int]) -> dict[str, Interval | None]:
     """Intervals of what was decided along the tokens of rows that did not fail."""
-    kept = (~predictions.failed).numpy()
+    kept = (~predictions.failed).nonzero()[:, 0]
     assert predictions.stream is not None
-    of_rows = (predictions.stream.tokens, predictions.stream.detection, predictions.stream.alarms, predictions.changes)
-    return along_intervals(np.array(labels)[kept], *(values.double().numpy()[kept] for values in of_rows))
+    return _intervals(predictions.stream.chosen(kept), predictions.changes[kept], np.array(labels)[kept.numpy()])
+
+
+def _intervals(stream: Stream, changes: Tensor, labels: Integers) -> dict[str, Interval | None]:
+    of_rows = (stream.tokens, stream.detection, stream.alarms, changes)
+    return along_intervals(labels, *(values.double().numpy() for values in of_rows))
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -420,12 +433,13 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     if (answers := evaluation.answers) is not None:
         console.print(
             "along an answer's tokens, read where they stand and not behind a prompt's end as the watch reads them: of "
-            f"{answers['allow_rows']:.0f} ALLOW rows with their own, "
-            f"{number(answers['false_alarms_per_1000_tokens'], digits=1)} false alarms per 1,000 tokens, "
-            f"{number(answers['decision_changes'], digits=2)} changes a row; of {answers['risky_rows']:.0f} risky requests "
-            f"in the place of an answer, {number(answers['detected'])} detected by its end, after "
-            f"{number(answers['time_to_detection'], digits=1)} tokens on average"
-            + (f"; {answers['left_out']:.0f} too long to be read whole are left out" if answers["left_out"] else "")
+            f"{answers.figures['allow_rows']:.0f} ALLOW rows with their own, "
+            f"{answers.number('false_alarms_per_1000_tokens', digits=1)} false alarms per 1,000 tokens, "
+            f"{answers.number('decision_changes', digits=2)} changes a row; of {answers.figures['risky_rows']:.0f} risky "
+            f"requests in the place of an answer, {answers.number('detected', digits=3)} detected by its end, after "
+            f"{answers.number('time_to_detection', digits=1)} tokens on average"
+            + (f"; {left:.0f} too long to be read whole are left out" if (left := answers.figures["left_out"]) else ""),
+            markup=False,
         )
     names = list(next(iter(evaluation.by_source.values())))
     table = _table(f"{evaluation.name}: accuracy by source", "source", "rows", *names)
@@ -449,8 +463,8 @@ def write_predictions(
     predictions: Predictions,
     tokens: Mapping[int, Sequence[TokenDecision]] | None = None,
 ) -> None:
-    """JSONL in the order of the rows: `user_request`, any `context`, `decision`, `probabilities` by label, what failed. Rows
-    that are in `tokens` tell what was decided after each of theirs."""
+    """JSONL in the order of the rows: `user_request`, any `context`, `decision`, `probabilities` by label, `safety_label`,
+    `source`, any `language` and `form`, what failed. Rows that are in `tokens` tell what was decided after each of theirs."""
     lines = []
     for i, record in enumerate(records):
         row: dict[str, object] = {
@@ -460,6 +474,8 @@ def write_predictions(
             "probabilities": {name: round(float(predictions.probabilities[i, k]), DIGITS) for k, name in enumerate(LABELS)},
             "safety_label": record.safety_label.name,
             "source": record.source,
+            **({} if record.language is None else {"language": record.language}),
+            **({} if record.form is None else {"form": record.form}),
         }
         if predictions.failed[i]:
             row["failure"] = "a logit was not finite"

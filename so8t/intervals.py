@@ -103,11 +103,25 @@ def scores_drawn(probabilities: Floats, labels: Integers, weights: Floats) -> di
         auprc = (np.diff(found, prepend=0) * found / np.maximum(found + others, 1)).sum(1) / found[:, -1]
     covered = wrong + hits
     aurc = (np.diff(covered, prepend=0) * wrong / np.maximum(covered, 1)).sum(1) / covered[:, -1]
+    ece = _ece_drawn(probabilities, labels, weights)
+    return {"auroc_not_allow": auroc, "auprc_not_allow": auprc, "aurc": aurc, "ece": ece}
+
+
+def ece_interval(probabilities: Floats, labels: Integers) -> Interval | None:
+    """Bootstrap of ECE alone, as `score_intervals` tells it with the others: `[N, 3], [N]`; `None` under `ENOUGH` rows."""
+    if len(labels) < ENOUGH:
+        return None
+    draws = [_ece_drawn(probabilities, labels, weights) for weights in bootstrap_counts(len(labels))]
+    return interval_95(np.concatenate(draws))
+
+
+def _ece_drawn(probabilities: Floats, labels: Integers, weights: Floats) -> Floats:
+    """ECE of rows that come `weights` `[draws, N]` times: `[draws]`."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     place, _ = confidence_bin(confidence)
     gaps = np.zeros((len(labels), place.max() + 1))
     gaps[np.arange(len(labels)), place] = right - confidence
-    ece = np.abs(weights @ gaps).sum(1) / covered[:, -1]
-    return {"auroc_not_allow": auroc, "auprc_not_allow": auprc, "aurc": aurc, "ece": ece}
+    return np.asarray(np.abs(weights @ gaps).sum(1) / weights.sum(1))
 
 
 def _from_the_top(scores: Floats, marked: NDArray[np.bool_], weights: Floats) -> tuple[Floats, Floats]:

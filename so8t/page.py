@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from so8t.errors import SO8TError
 from so8t.files import write_bytes
+from so8t.intervals import Interval, number
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Panel:
     def misses(self, *files: str) -> None:
         """Names files that are not in the folder."""
         self.absent += [f"not in the run's folder, so not shown: {name}" for name in files]
+
+
+def figure_cell(value: float | None, interval: Interval | None, *, digits: int = 3) -> str:
+    """A figure, and its interval, within which no line is broken."""
+    return number(value, interval, digits=digits).replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def drawn(name: str, alt: str, plot: Callable[[BytesIO], None], *, wide: bool = False) -> Picture:

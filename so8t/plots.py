@@ -16,6 +16,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from so8t.curves import Floats, OperatingPoint, Reliability, RiskCoverage, TradeOff
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from so8t.robustness import Wrapped
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+GROUP_STYLES = (("#000000", "--"), *((colour, "-") for colour in COLOURS[:6]))
+"""Of all rows, and of groups of them."""
+LONGEST = 36
+"""Characters of a name in a picture."""
 Series = dict[str, list[tuple[int, float]]]
 Target = Path | BytesIO
 """Where a picture goes, as PNG: a file, or memory."""
@@ -182,6 +187,59 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], to: Target) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     finish(figure, to)
+
+
+def plot_trade_offs(kinds: Mapping[str, Mapping[str, tuple[TradeOff, OperatingPoint]]], title: str, to: Target) -> None:
+    """False allow against over-refusal by kind of group and group, all rows first; the dots are the decisions."""
+    figure, axes = _side_by_side(kinds)
+    for axis, (kind, groups) in zip(axes, kinds.items(), strict=True):
+        for (colour, dashes), (name, (curve, point)) in zip(GROUP_STYLES, groups.items(), strict=False):
+            axis.plot(100 * curve.over_refusal, 100 * curve.false_allow, color=colour, ls=dashes, lw=1.4, label=_cut(name))
+            axis.plot(100 * point.over_refusal, 100 * point.false_allow, color=colour, marker="o", ms=6, mec="black")
+        _, *others = groups
+        worst = max(others, key=lambda name: groups[name][1].false_allow)
+        axis.set_title(f"by {kind}, most let through:\n{_cut(worst)} ({groups[worst][1].false_allow:.1%})", fontsize=9)
+        axis.set(xlabel="over-refusal (% of ALLOW rows)", xlim=(0, 100), ylim=(0, 100))
+    axes[0].set_ylabel("false allow (% of the other rows)")
+    figure.suptitle(f"{title}: what fewer false allows cost, by threshold on P(ALLOW)", fontsize=11)
+    _finish_side_by_side(figure, axes, to)
+
+
+def plot_risk_coverages(kinds: Mapping[str, Mapping[str, RiskCoverage]], title: str, to: Target) -> None:
+    """Error rate among the most confident rows by kind of group and group, all rows first."""
+    figure, axes = _side_by_side(kinds)
+    for axis, (kind, groups) in zip(axes, kinds.items(), strict=True):
+        for (colour, dashes), (name, curve) in zip(GROUP_STYLES, groups.items(), strict=False):
+            label = f"{_cut(name)}: AURC {curve.aurc:.3f}"
+            axis.step(100 * curve.coverage, 100 * curve.risk, where="post", color=colour, ls=dashes, lw=1.4, label=label)
+        _, *others = groups
+        worst = max(others, key=lambda name: groups[name].risk[-1])
+        axis.set_title(f"by {kind}, most errors:\n{_cut(worst)} ({groups[worst].risk[-1]:.1%})", fontsize=9)
+        axis.set(xlabel="coverage (% of the rows, most confident first)", xlim=(0, 100))
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("error rate among them (%)")
+    figure.suptitle(f"{title}: error rate when only confident rows are decided", fontsize=11)
+    _finish_side_by_side(figure, axes, to)
+
+
+def _side_by_side(kinds: Mapping[str, Mapping[str, object]]) -> tuple[Figure, list[Axes]]:
+    """One part a kind, with room for the names of its groups below."""
+    lines = max(map(len, kinds.values()))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(max(6.4, 4 * len(kinds)), 4 + 0.19 * lines), squeeze=False)
+    return figure, list(axes[0])
+
+
+def _finish_side_by_side(figure: Figure, axes: Sequence[Axes], to: Target) -> None:
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+    finish(figure, to)
+
+
+def _cut(name: str) -> str:
+    """A name from the data as part of a text in a picture: its middle left out where it is long, and no mathematics."""
+    cut = name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 :]}"
+    return cut.replace("$", r"\$").replace("_", " _", int(cut.startswith("_")))  # a legend leaves out what begins with _
 
 
 def plot_reliability(bins: Reliability, title: str, to: Target) -> None:

@@ -9,23 +9,23 @@ from functools import partial
 from so8t.calibration_panel import calibration_panel, under_policy
 from so8t.curves import OperatingPoint, operating_point, reliability, risk_coverage, trade_off
 from so8t.evaluation import ALONG, GROUPED, SCORED, SHOWN
-from so8t.intervals import ENOUGH, Interval, number
+from so8t.grouped_panel import grouped_panel
+from so8t.intervals import ENOUGH, number
 from so8t.labels import LABELS, Label
+from so8t.losses_panel import losses_panel
 from so8t.memory_panel import memory_panel
 from so8t.mistakes import MOST, worst_mistakes
-from so8t.page import Panel, Table, drawn, render_page
+from so8t.page import Panel, Table, drawn, figure_cell, render_page
 from so8t.plots import (
     plot_angles,
     plot_confusion,
     plot_group,
-    plot_losses,
     plot_reliability,
     plot_risk_coverage,
-    plot_robustness,
     plot_trade_off,
 )
-from so8t.robustness import HEAD, cells
-from so8t.run_folder import ADAPTER, CONFIG, METRICS, ROBUSTNESS, SETS, TENSORS, DataRows, PredictedRows, RunFolder, Scores
+from so8t.robustness_panel import robustness_panel
+from so8t.run_folder import ADAPTER, CONFIG, METRICS, SETS, TENSORS, DataRows, PredictedRows, RunFolder, Scores
 
 LONGEST = 400
 """Characters shown of a request."""
@@ -157,11 +157,6 @@ def _rows(data: DataRows) -> list[Table]:
     return [*tables, Table("rows left out", ["of", "rows"], left_out)] if left_out else tables
 
 
-def _figure(value: float | None, interval: Interval | None, *, digits: int = 3) -> str:
-    """A figure, and its interval, within which no line is broken."""
-    return number(value, interval, digits=digits).replace(", ", ",\N{NO-BREAK SPACE}")
-
-
 def _metrics(run: RunFolder) -> Panel:
     panel = Panel(
         "metrics",
@@ -175,7 +170,7 @@ def _metrics(run: RunFolder) -> Panel:
         rows = []
         for who, figures in {"SO8T": scores.metrics, **scores.baselines}.items():
             intervals = {"macro_f1": scores.macro_f1_95.get(who), **scores.intervals_95.get("all", {}).get(who, {})}
-            rows.append([who, *(_figure(figures.get(key), intervals.get(key)) for key, _ in SHOWN)])
+            rows.append([who, *(figure_cell(figures.get(key), intervals.get(key)) for key, _ in SHOWN)])
         heads = [head for _, head in SHOWN]
         counted = {key: int(scores.metrics.get(key) or 0) for key in ("rows", "failures", "unsure")}
         about = f"{title}: {counted['rows']} rows, {counted['failures']} failures (not counted), {counted['unsure']} unsure"
@@ -186,10 +181,10 @@ def _metrics(run: RunFolder) -> Panel:
             for group, table in groups.items():
                 own, intervals = table.get("SO8T", {}), scores.intervals_95.get(kind, {}).get(group, {})
                 accuracies = [number(table.get(who, {}).get("accuracy")) for who in names]
-                told = [_figure(own.get(key), intervals.get(key)) for key, _ in GROUPED]
+                told = [figure_cell(own.get(key), intervals.get(key)) for key, _ in GROUPED]
                 of_rows = str(int(own.get("rows") or 0))
                 rows.append([group, of_rows, *accuracies, *told])
-                scored.append([group, of_rows, *(_figure(own.get(key), intervals.get(key)) for key, _ in SCORED)])
+                scored.append([group, of_rows, *(figure_cell(own.get(key), intervals.get(key)) for key, _ in SCORED)])
             if rows:
                 about = f"{title}, by {kind}: accuracy of each classifier, and SO8T's figures"
                 panel.tables.append(Table(about, [kind, "rows", *names, *(head for _, head in GROUPED)], rows))
@@ -209,7 +204,7 @@ def _stream(run: RunFolder) -> Panel:
     rows = []
     for _, title, scores in _scores(run, panel):
         intervals = scores.intervals_95.get("all", {}).get("SO8T", {})
-        rows.append([title, *(_figure(scores.metrics.get(key), intervals.get(key), digits=n) for key, _, n in ALONG)])
+        rows.append([title, *(figure_cell(scores.metrics.get(key), intervals.get(key), digits=n) for key, _, n in ALONG)])
     if rows:
         panel.tables.append(Table("along the tokens", ["set", *(head for _, head, _ in ALONG)], rows))
     return panel
@@ -229,12 +224,18 @@ def _reliability(run: RunFolder) -> Panel:
     panel = Panel(
         "reliability",
         "Reliability",
-        "How often the most probable label is right, by how probable it was said to be. Bars under the dashed line: too sure.",
+        "How often the most probable label is right, by how probable it was said to be. Bars under the dashed line: too sure."
+        + ("" if run.policy is None else " Beside each: the same rows after so8t calibrate."),
     )
     for part, title, told in _sets(run, panel):
         bins = reliability(told.probabilities, told.labels)
         plot = partial(plot_reliability, bins, title)
         panel.pictures.append(drawn(f"reliability_{part}", f"Reliability diagram, {title}: ECE {bins.error:.3f}", plot))
+        if run.policy is not None:
+            after = f"{title}, calibrated"
+            bins = reliability(under_policy(run.policy, told).probabilities.double().numpy(), told.labels)
+            alt = f"Reliability diagram, {after}: ECE {bins.error:.3f}"
+            panel.pictures.append(drawn(f"reliability_{part}_calibrated", alt, partial(plot_reliability, bins, after)))
     return panel
 
 
@@ -286,22 +287,6 @@ def _risk_coverage(run: RunFolder) -> Panel:
     return panel
 
 
-def _robustness(run: RunFolder) -> Panel:
-    panel = Panel(
-        "robustness",
-        "Under wrappings",
-        "Requests of the test split wrapped in ways that were never trained on, decided before and after, with 95 % intervals. "
-        "Refusing whatever is wrapped is not robust: over-refusal shows it. Rewordings in another tense have no originals.",
-    )
-    if run.robustness is None:
-        panel.misses(f"{ROBUSTNESS} (so8t robustness writes it)")
-    elif run.robustness:
-        alt = "False allow and over-refusal by wrapping, before and after"
-        panel.pictures.append(drawn(panel.key, alt, partial(plot_robustness, run.robustness), wide=True))
-        panel.tables.append(Table("rates by wrapping", list(HEAD), [cells(one) for one in run.robustness]))
-    return panel
-
-
 def _group(run: RunFolder) -> Panel:
     panel = Panel("group", "Group invariants over training", "Defects of orthogonality and determinant over all gates.")
     if run.series is None:
@@ -317,25 +302,6 @@ def _group(run: RunFolder) -> Panel:
     plot = partial(plot_group, run.series, tolerance=bars[0], tolerance_float32=bars[1])
     alt = "Defects, commutator and angles of the gates against optimiser steps"
     panel.pictures.append(drawn(panel.key, alt, plot, wide=True))
-    return panel
-
-
-def _losses(run: RunFolder) -> Panel:
-    panel = Panel("losses", "Loss, its parts and PET's share")
-    if run.series is None:
-        panel.misses(METRICS)
-        return panel
-    if not run.series.get("train/loss"):
-        panel.absent.append(f"{METRICS} has no losses: the run logged no training step")
-        return panel
-    alt = "Loss and its parts against optimiser steps"
-    panel.pictures.append(drawn(panel.key, alt, partial(plot_losses, run.series), wide=True))
-    shares = [value for _, value in run.series.get("train/share_pet", [])]
-    if shares:
-        panel.note = (
-            f"PET's share of the loss: {shares[-1]:.1%} at the last logged step, {max(shares):.1%} at most; "
-            f"pet.max_share is {_told(run.setting('pet.max_share'))} (of the safety part)."
-        )
     return panel
 
 
@@ -405,9 +371,10 @@ PANELS: tuple[Callable[[RunFolder], Panel], ...] = (
     _reliability,
     _trade_off,
     _risk_coverage,
-    _robustness,
+    grouped_panel,
+    robustness_panel,
     _group,
-    _losses,
+    losses_panel,
     _gates,
     memory_panel,
     _mistakes,

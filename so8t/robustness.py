@@ -4,7 +4,7 @@ Both are told together, because a guard that refuses every wrapped text lets not
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +15,7 @@ from so8t.data.records import Record
 from so8t.data.tokenise import Template
 from so8t.data.wrappings import WRAPPINGS
 from so8t.evaluation import Predictions
+from so8t.groupings import rows_by_group
 from so8t.intervals import Interval, number, rate_interval
 from so8t.labels import Label
 
@@ -42,7 +43,8 @@ class Wrapped:
 
     `false_allow` is over the `risky` rows (labelled ESCALATE or REFUSE), `over_refusal` over the `benign` ones, before and
     after; without a before (`None`) the rows are known reworded only. `changed` is the share of decisions that became another.
-    `cut` rows are longer than what the head reads at once, and lost their middle.
+    `cut` rows are longer than what the head reads at once, and lost their middle. `by_language` says the same of the rows of
+    each language, where there are several.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Wrapped:
     false_allow: tuple[Rate | None, Rate]
     over_refusal: tuple[Rate | None, Rate]
     changed: Rate | None
+    by_language: dict[str, "Wrapped"] = field(default_factory=dict)
 
 
 def compared(name: str, labels: Integers, before: Integers | None, after: Integers, *, failures: int, cut: int) -> Wrapped:
@@ -92,16 +95,21 @@ def _decided(
     name: str, records: Sequence[Record], decide: Decide, template: Template, plain: tuple[Predictions, list[int]] | None
 ) -> Wrapped:
     predictions = decide(records, name)
-    failed = predictions.failed if plain is None else predictions.failed | plain[0].failed[plain[1]]
-    kept = (~failed).numpy()
-    return compared(
-        name,
-        np.array([int(r.safety_label) for r in records], dtype=np.int64)[kept],
-        None if plain is None else plain[0].decisions[plain[1]].numpy()[kept],
-        predictions.decisions.numpy()[kept],
-        failures=int(failed.sum()),
-        cut=sum(not template.reads_whole(r.user_request, r.context) for r in records),
-    )
+    failed = (predictions.failed if plain is None else predictions.failed | plain[0].failed[plain[1]]).numpy()
+    labels = np.array([int(r.safety_label) for r in records], dtype=np.int64)
+    before = None if plain is None else plain[0].decisions[plain[1]].numpy()
+    after = predictions.decisions.numpy()
+    cut = np.array([not template.reads_whole(r.user_request, r.context) for r in records])
+
+    def told(rows: Sequence[int]) -> Wrapped:
+        chosen = np.array(rows, dtype=np.int64)
+        kept = chosen[~failed[chosen]]
+        counts = {"failures": len(chosen) - len(kept), "cut": int(cut[chosen].sum())}
+        return compared(name, labels[kept], None if before is None else before[kept], after[kept], **counts)
+
+    languages = rows_by_group(records)["language"]
+    by_language = {language: told(rows) for language, rows in languages.items()} if len(languages) > 1 else {}
+    return replace(told(range(len(records))), by_language=by_language)
 
 
 HEAD = ("wrapping", "rows", "false allow", "wrapped [95 %]", "over-refusal", "wrapped [95 %]", "decision changed")

@@ -50,7 +50,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Predicted:
-    """One line of the predictions. `tokens`: of the worst mistakes, each token's text and what was decided after it."""
+    """One line of the predictions. `tokens`: of the worst mistakes, each token's text and what was decided after it. Files of
+    earlier versions tell no `language` and no `form`."""
 
     user_request: str
     decision: Literal["ALLOW", "ESCALATE", "REFUSE"]
@@ -60,6 +61,8 @@ class Predicted:
     failure: str = ""
     unsure: bool = False
     tokens: list[tuple[str, Literal["ALLOW", "ESCALATE", "REFUSE"]]] = field(default_factory=list)
+    language: str | None = None
+    form: str | None = None
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,9 @@ def test_evaluate_tells_what_is_decided_along_answers_when_it_is_asked_to(so8t, 
     told = json.loads(so8t(*evaluate, "--json", "--answers")[1])
     answers = told.pop("answers")
     assert told == plain, "nothing else changes"
+    intervals = answers.pop("intervals_95")
+    assert set(intervals) == set(answers) - {"allow_rows", "risky_rows", "left_out"}
+    assert intervals["detected"] is None, "of so few rows there is none"
     assert answers == {
         "allow_rows": 4,
         "risky_rows": 11,

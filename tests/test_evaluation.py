@@ -25,6 +25,7 @@ from so8t.data.records import Record
 from so8t.data.store import CacheSpec, PrefixStore
 from so8t.data.tokenise import Template
 from so8t.evaluation import (
+    Along,
     Predictions,
     along_answers,
     evaluate,
@@ -209,7 +210,7 @@ ANSWERED = [
 
 
 def test_along_answers_decisions_are_those_on_the_answers_tokens_alone(model, template, tmp_path):
-    found = along_answers(model, ANSWERED, template, batch_size=3, cache=PrefixCache(model.base))
+    found = along_answers(model, ANSWERED, template, batch_size=3, cache=PrefixCache(model.base)).figures
     assert (found["allow_rows"], found["risky_rows"], found["left_out"]) == (2, 2, 1)
     agent, read = Agent(model, template, tmp_path), {}
     for row in answered(ANSWERED)[:2] + answered(ANSWERED)[3:]:
@@ -232,7 +233,9 @@ def test_along_answers_decisions_are_those_on_the_answers_tokens_alone(model, te
 
 
 def test_without_answers_and_harmless_requests_there_is_nothing_to_measure_along_them(model, template):
-    found = along_answers(model, [Record("poison", Label.REFUSE)], template, batch_size=3, cache=PrefixCache(model.base))
+    found = along_answers(
+        model, [Record("poison", Label.REFUSE)], template, batch_size=3, cache=PrefixCache(model.base)
+    ).figures
     assert (found["allow_rows"], found["risky_rows"], found["left_out"]) == (0, 0, 0)
     assert all(math.isnan(found[name]) for name in ("detected", "false_alarms_per_1000_tokens", "decision_changes"))
 
@@ -241,16 +244,17 @@ def test_figures_along_answers_are_told_and_printed_only_where_they_were_asked_f
     result = evaluate("set", SIX, by_hand(SCORES), None, None)
     assert "answers" not in result.as_json()
     assert "along an answer" not in printed(result)
-    figures = {"allow_rows": 0.0, "risky_rows": 7.0, "left_out": 2.0, "decision_changes": math.nan}
-    result.answers = figures | {
-        "detected": 0.5, "time_to_detection": 3.25, "false_alarms_per_1000_tokens": math.nan
+    figures = {
+        "allow_rows": 0.0, "risky_rows": 70.0, "left_out": 2.0, "decision_changes": math.nan,
+        "detected": 0.5, "time_to_detection": 3.25, "false_alarms_per_1000_tokens": math.nan,
     }  # fmt: skip
-    assert result.as_json()["answers"] == figures | {
-        "decision_changes": None, "detected": 0.5, "time_to_detection": 3.25, "false_alarms_per_1000_tokens": None
-    }  # fmt: skip
+    result.answers = Along(figures, {"detected": (0.38, 0.62), "false_alarms_per_1000_tokens": None})
+    told = {key: None if math.isnan(value) else value for key, value in figures.items()}
+    intervals = {"detected": (0.38, 0.62), "false_alarms_per_1000_tokens": None}
+    assert result.as_json()["answers"] == {**told, "intervals_95": intervals}
     text = printed(result, width=500)
     assert "0 ALLOW rows with their own, - false alarms per 1,000 tokens, - changes a row" in text
-    assert "7 risky requests in the place of an answer, 0.500 detected by its end, after 3.2 tokens" in text
+    assert "70 risky requests in the place of an answer, 0.500 [0.38, 0.62] detected by its end, after 3.2 tokens" in text
     assert "2 too long to be read whole are left out" in text
 
 

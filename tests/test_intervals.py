@@ -12,6 +12,7 @@ from so8t.intervals import (
     ENOUGH,
     along_intervals,
     bootstrap_counts,
+    ece_interval,
     macro_f1_interval,
     number,
     rate_interval,
@@ -42,6 +43,13 @@ def test_at_the_ends_of_the_interval_of_a_rate_such_a_count_is_one_in_forty(case
     assert 0 <= low <= hits / rows <= high <= 1
     assert hits == 0 or binom.sf(hits - 1, rows, low) == pytest.approx(0.025)
     assert hits == rows or binom.cdf(hits, rows, high) == pytest.approx(0.025)
+
+
+def test_the_calibration_error_alone_has_the_interval_that_it_has_with_the_others():
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet((1, 1, 1), 2 * ENOUGH), rng.integers(0, 3, 2 * ENOUGH)
+    assert ece_interval(probabilities, labels) == score_intervals(probabilities, labels)["ece"]
+    assert ece_interval(probabilities[: ENOUGH - 1], labels[: ENOUGH - 1]) is None
 
 
 def test_too_few_rows_have_no_interval():

@@ -110,7 +110,8 @@ def test_the_csv_has_losses_metrics_invariants_learning_rates_and_memory(logged_
     curves = csv_curves(logged_run)
     for name in ("train/loss", "train/share_pet", "val/macro_f1", "val/false_allow_rate", "val/over_refusal_rate",
                  "val/refuse_recall", "val/escalate_recall", "val/ece", "val/task_perplexity", "val/flicker",
-                 "val/decision_changes", "val/selection", "test/macro_f1", "lr-AdamW/gates", "lr-AdamW/head",
+                 "val/decision_changes", "val/selection", "test/macro_f1", "test/task_perplexity", "test/task_perplexity_base",
+                 "lr-AdamW/gates", "lr-AdamW/head",
                  "grad_norm/head", "memory/peak_gib", "group/last/commutator", "group/last.safe/orthogonality"):  # fmt: skip
         assert curves[name], name
     assert len(curves["train/loss"]) == 12, "6 steps in each of 2 epochs"
@@ -219,7 +220,7 @@ def test_what_was_measured_later_arrives_in_the_same_wandb_run(logged_run, wandb
     records = ended_records(next(later.glob("*.wandb")))
     ids = [next(r.run.run_id for r in told if r.WhichOneof("record_type") == "run") for told in (wandb_run[1], records)]
     assert ids[0] == ids[1]
-    new = [panel for panel in PANELS if panel.__name__.strip("_") in ("calibration_panel", "robustness")]
+    new = [panel for panel in PANELS if panel.__name__.strip("_") in ("calibration_panel", "robustness_panel")]
     shown = [panel(read_run(run)) for panel in new]  # drawing all of them again takes long
     assert [panel.key for panel in shown if panel.tables and not panel.absent] == ["calibration", "robustness"]
     assert_arrived(later, history(records), shown)

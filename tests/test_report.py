@@ -15,15 +15,20 @@ from safetensors.torch import load_file, save_file
 
 from so8t.adapter import load_agent
 from so8t.calibration import calibration_error
+from so8t.calibration_panel import calibration_panel
 from so8t.cli import main
 from so8t.config import Config, validate
+from so8t.curves import reliability
 from so8t.data.datamodule import DataSpec, SafetyData
 from so8t.data.sources import SourceSpec
 from so8t.errors import ArtefactError
+from so8t.intervals import ENOUGH, ece_interval
 from so8t.labels import LABELS
+from so8t.losses_panel import losses_panel, phases
 from so8t.memory import Plan, plan
 from so8t.mistakes import MOST
-from so8t.page import Picture, drawn
+from so8t.page import Picture, drawn, figure_cell
+from so8t.pet import PetSpec
 from so8t.policy import Policy, Threshold, adapter_digest, save_policy
 from so8t.policy import calibrated as calibrated_probabilities
 from so8t.report import LONGEST, panels, render
@@ -33,7 +38,7 @@ from tests.conftest import synthetic_rows, write_rows
 
 PICTURES = {
     "setup": 0, "metrics": 0, "calibration": 0, "stream": 0, "confusion": 1, "reliability": 1, "trade-off": 1,
-    "risk-coverage": 1, "robustness": 0, "group": 1, "losses": 1, "gates": 1, "memory": 1, "mistakes": 0,
+    "risk-coverage": 1, "grouped-curves": 0, "robustness": 0, "group": 1, "losses": 1, "gates": 1, "memory": 1, "mistakes": 0,
 }  # fmt: skip
 """Of a run that has a test split and no unseen sources."""
 
@@ -105,7 +110,7 @@ def drawn_once(monkeypatch):
             DRAWN[name, alt] = drawn(name, alt, plot, wide=wide)
         return DRAWN[name, alt]
 
-    for module in ("report", "memory_panel"):
+    for module in ("report", "grouped_panel", "losses_panel", "memory_panel", "robustness_panel"):
         monkeypatch.setattr(f"so8t.{module}.drawn", remembered)
 
 
@@ -137,7 +142,7 @@ def test_every_panel_has_its_picture_and_the_missing_set_is_named(run, capsys):
         assert base64.b64decode(picture.removeprefix("data:image/png;base64,"), validate=True).startswith(b"\x89PNG")
     for key in ("metrics", "stream", "confusion"):
         assert "unseen.json" in page.text[key]
-    for key in ("reliability", "trade-off", "risk-coverage", "mistakes"):
+    for key in ("reliability", "trade-off", "risk-coverage", "grouped-curves", "mistakes"):
         assert "unseen_predictions.jsonl" in page.text[key]
     figures = json.loads((run / "test.json").read_text())["metrics"]
     assert {f"{figures[key]:.3f}" for key in ("macro_f1", "auprc_not_allow", "aurc")} <= set(page.cells)
@@ -231,6 +236,36 @@ def test_the_calibration_panel_tells_what_the_policy_costs_on_the_run_s_own_rows
     tempered = calibrated_probabilities(torch.from_numpy(told.probabilities), 1.234)
     error = calibration_error(tempered, torch.from_numpy(told.labels))
     assert float(after[7]) == pytest.approx(error, abs=6e-4)
+
+
+def test_the_calibration_error_is_told_before_and_after_with_its_interval_and_by_group(calibrated):
+    path = calibrated / "test_predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] * 4
+    rows = [{**row, "language": "ja" if k < ENOUGH - 1 else "en"} for k, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, costs, groups = calibration_panel(read_run(calibrated)).tables
+    told = read_run(calibrated).predictions["test"]
+    tempered = calibrated_probabilities(torch.from_numpy(told.probabilities), 1.234).float().double().numpy()
+
+    def errors(part: slice) -> list[str]:
+        of_part = [(chances[part], told.labels[part]) for chances in (told.probabilities, tempered)]
+        return [figure_cell(reliability(*of).error, ece_interval(*of)) for of in of_part]
+
+    assert [row[-1] for row in costs.rows] == errors(slice(None))
+    assert groups.rows == [
+        ["mixed test split", "language en", str(len(rows) - ENOUGH + 1), *errors(slice(ENOUGH - 1, None))],
+        ["mixed test split", "language ja", str(ENOUGH - 1), *errors(slice(ENOUGH - 1))],
+    ]
+    assert ["[" in cell for row in groups.rows for cell in row[3:]] == [True, True, False, False]
+
+
+def test_the_reliability_after_calibration_is_drawn_beside_the_one_before(calibrated):
+    before, after = next(panel for panel in panels(read_run(calibrated)) if panel.key == "reliability").pictures
+    errors = [row[7].split()[0] for row in calibration_panel(read_run(calibrated)).tables[1].rows]
+    assert (before.name, after.name) == ("reliability_test", "reliability_test_calibrated")
+    assert before.alt == f"Reliability diagram, mixed test split: ECE {errors[0]}"
+    assert after.alt == f"Reliability diagram, mixed test split, calibrated: ECE {errors[1]}"
+    assert before.png != after.png
 
 
 def test_the_rows_of_a_run_are_told_by_source_part_and_label(run, tmp_path):
@@ -329,7 +364,7 @@ def test_markup_in_a_request_and_in_the_settings_is_shown_and_does_nothing(run):
         ("config.yaml", ["setup", "memory"]),
         ("csv/metrics.csv", ["group", "losses"]),
         ("test.json", ["metrics", "stream", "confusion"]),
-        ("test_predictions.jsonl", ["reliability", "trade-off", "risk-coverage", "mistakes"]),
+        ("test_predictions.jsonl", ["reliability", "trade-off", "risk-coverage", "grouped-curves", "mistakes"]),
         ("adapter/adapter.safetensors", ["setup", "calibration", "gates"]),
     ],
 )
@@ -407,6 +442,62 @@ def test_a_gate_that_turns_one_plane_is_as_far_from_the_identity_as_the_plane_s_
     angles = read_run(run).angles["last cmd"]
     assert angles[3] == pytest.approx(2, abs=1e-6)
     assert np.delete(angles, 3) == pytest.approx(0)
+
+
+def test_pet_s_phases_are_told_with_their_strength_and_the_steps_that_were_logged_in_them(run, monkeypatch):
+    monkeypatch.setattr("so8t.losses_panel.drawn", lambda *_, wide: None)
+    rows = [f"{step},1.0,{0 if step < 4 else 0.1 if step < 12 else 1}" for step in range(20)]
+    rows = ["step,train/loss,train/pet_phase", *rows]
+    (run / "csv" / "metrics.csv").write_text("\n".join(rows) + "\n")
+    settings = OmegaConf.load(run / "config.yaml")
+    settings.pet.update({"weight": 0.5, "exploration_end": 0.2, "transition_end": 0.6})
+    OmegaConf.save(settings, run / "config.yaml")
+    assert losses_panel(read_run(run)).tables[0].rows == [
+        ["exploration", "0 % to 20 %", "0 to 3", "0", "0"],
+        ["transition", "20 % to 60 %", "4 to 11", "0.1", "0.05"],
+        ["stabilisation", "60 % to 100 %", "12 to 19", "1", "0.5"],
+    ]
+    settings.pet.exploration_end = 0.0
+    OmegaConf.save(settings, run / "config.yaml")
+    assert [row[0] for row in losses_panel(read_run(run)).tables[0].rows] == ["transition", "stabilisation"]
+
+
+@pytest.mark.parametrize(
+    ("factors", "told"),
+    [
+        ((1, 1, 1), [["exploration, transition, stabilisation", "0 % to 100 %", "0 to 19"]]),
+        ((0, 0, 1), [["exploration, transition", "0 % to 60 %", "0 to 11"], ["stabilisation", "60 % to 100 %", "12 to 19"]]),
+        (
+            (1, 0.1, 1),
+            [
+                ["exploration", "0 % to 20 %", "0 to 3"],
+                ["transition", "20 % to 60 %", "4 to 11"],
+                ["stabilisation", "60 % to 100 %", "12 to 19"],
+            ],
+        ),
+    ],
+)
+def test_phases_of_equal_strength_are_told_together_where_nothing_lies_between_them(factors, told):
+    spec = PetSpec(exploration=factors[0], transition=factors[1], stabilisation=factors[2])
+    logged = [(step, float(np.float32(spec.factor(step / 20)))) for step in range(20)]
+    assert [row[:3] for row in phases(spec, {"train/pet_phase": logged})] == told
+    assert [row[2] for row in phases(spec, {})] == ["-"] * len(told)
+
+
+@pytest.mark.parametrize("how", ["off", "no settings", "settings of another version"])
+def test_without_pet_there_are_no_phases(run, how, monkeypatch):
+    monkeypatch.setattr("so8t.losses_panel.drawn", lambda *_, wide: None)
+    settings = OmegaConf.load(run / "config.yaml")
+    if how == "off":
+        settings.pet.weight = 0.0
+    elif how == "no settings":
+        del settings["pet"]
+    else:
+        settings.pet.softness = 2
+    OmegaConf.save(settings, run / "config.yaml")
+    panel = losses_panel(read_run(run))
+    assert panel.pictures
+    assert not panel.tables
 
 
 def test_the_memory_panel_tells_what_the_plan_of_the_run_s_settings_says(run):

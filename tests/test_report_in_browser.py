@@ -13,8 +13,8 @@ from so8t.run_folder import read_run
 from tests.browser import illegible, open_page, sticking_out
 
 SECTIONS = [
-    "setup", "metrics", "calibration", "stream", "confusion", "reliability", "trade-off", "risk-coverage", "robustness",
-    "group", "losses", "gates", "memory", "mistakes",
+    "setup", "metrics", "calibration", "stream", "confusion", "reliability", "trade-off", "risk-coverage",
+    "grouped-curves", "robustness", "group", "losses", "gates", "memory", "mistakes",
 ]  # fmt: skip
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)><style>body{display:none}</style>"
 
@@ -59,7 +59,7 @@ def test_every_picture_of_the_report_decodes(browser, report):
     sizes = page.eval_on_selector_all(
         "img", "all => Promise.all(all.map(i => i.decode().then(() => [i.naturalWidth, i.naturalHeight, i.alt.length])))"
     )
-    assert len(sizes) == 10, "two of each that is drawn by set, one of the others"
+    assert len(sizes) == 12, "two of each that is drawn by set, of reliability before and after, and one of the others"
     assert all(width > 300 and height > 200 and alt for width, height, alt in sizes)
 
 

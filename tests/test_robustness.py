@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from so8t.evaluation import Predictions
 from so8t.labels import LABELS, Label
 from so8t.report import panels
 from so8t.robustness import compared, measure
+from so8t.robustness_panel import robustness_panel
 from so8t.run_folder import read_run
 
 A, E, R = Label
@@ -51,7 +52,7 @@ def test_rates_are_counted_on_the_same_rows_before_and_after():
 
 
 def test_the_wrapping_that_fools_is_the_one_that_is_told(template):
-    told = {one.name: one for one in measure(RECORDS, {}, fooled_by("play"), template)}
+    told = {one.name: one for one in measure(RECORDS, {}, fooled_by("simulation"), template)}
     assert list(told) == list(WRAPPINGS)
     assert {name: one.false_allow[1].rate for name, one in told.items() if one.false_allow[1].rate} == {"role play": 1.0}
     assert all(one.false_allow[0].rate == 0 for one in told.values())
@@ -60,13 +61,28 @@ def test_the_wrapping_that_fools_is_the_one_that_is_told(template):
 
 
 def test_rows_that_a_wrapping_leaves_as_they_are_are_not_counted(template):
-    told = {one.name: one for one in measure(RECORDS, {}, fooled_by("play"), template)}
+    told = {one.name: one for one in measure(RECORDS, {}, fooled_by("simulation"), template)}
     rows = {name: one.risky + one.benign for name, one in told.items()}
     assert rows == {name: 4 if name in ("ROT13", "leetspeak") else 6 for name in WRAPPINGS}
 
 
+def test_each_language_is_told_apart_where_there_are_several(template):
+    records = [replace(r, language="en" if r.user_request.isascii() else "ja") for r in RECORDS]
+    told = {one.name: one for one in measure(records, {}, fooled_by("毒", failing="passport"), template)}
+    assert {name: list(one.by_language) for name, one in told.items()} == {
+        name: [] if name in ("ROT13", "leetspeak") else ["en", "ja"] for name in WRAPPINGS
+    }, "what has no Latin letter stays as it is, and then one language is left"
+    whole, english, japanese = told["history"], *told["history"].by_language.values()
+    assert [rate.rate for rate in english.false_allow] == [0, 0]
+    assert [rate.rate for rate in japanese.false_allow] == [1, 1]
+    for count in ("risky", "benign", "failures", "cut"):
+        assert getattr(whole, count) == getattr(english, count) + getattr(japanese, count)
+    assert (english.failures, japanese.failures) == (1, 0)
+    assert not english.by_language
+
+
 def test_rows_that_failed_are_counted_apart(template):
-    told = next(measure(RECORDS, {}, fooled_by("play", failing="passport"), template))
+    told = next(measure(RECORDS, {}, fooled_by("simulation", failing="passport"), template))
     assert (told.failures, told.risky, told.benign) == (1, 2, 3)
 
 
@@ -81,9 +97,26 @@ def test_reworded_rows_have_no_before(template):
 
 def test_requests_that_fill_the_template_are_told(template):
     long = [*RECORDS, Record("x" * 150, A)]
-    told = {one.name: one.cut for one in measure(long, {}, fooled_by("play"), template)}
+    told = {one.name: one.cut for one in measure(long, {}, fooled_by("simulation"), template)}
     assert told["Base64"] >= 1
     assert 0 <= told["leetspeak"] <= 1 <= told["refusal suppression"]
+
+
+def test_the_report_tells_the_interval_before_too_and_each_language_and_reads_files_of_earlier_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr("so8t.robustness_panel.drawn", lambda *_, wide: None)
+    labels, before, after = np.array([A, R] * 30), np.array([A, R] * 30), np.array([A, A] * 30)
+    one = compared("some", labels, before, after, failures=0, cut=0)
+    told = [asdict(replace(one, by_language={"en": one, "ja": replace(one, risky=1)})), asdict(one)]
+    del told[1]["by_language"]
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "robustness.json").write_text(json.dumps({"wrappings": told}))
+    whole, by_language = robustness_panel(read_run(tmp_path)).tables
+    none, every = (f"{rate} [{low}, {high}]" for rate, low, high in (("0.000", "0.00", "0.12"), ("1.000", "0.88", "1.00")))
+    half = "0.500 [0.37, 0.63]"
+    assert whole.rows == [["some", "60", none, every, none, none, half]] * 2
+    assert by_language.rows == [
+        ["some", "en", "60", none, every, none, none, half], ["some", "ja", "31", none, every, none, none, half],
+    ]  # fmt: skip
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
