@@ -106,6 +106,7 @@ def random_linear(
     ).to(device)
     if bias:
         layer.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False)
+    layer.support_avx512bf16_for_cpu = False  # its repacked layout has no backward
     return layer
 
 
@@ -118,27 +119,18 @@ def shaped(peer: Peer, config: Config, device: torch.device) -> SO8TModule:
     base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
     model = SO8TModel(base, config.gate, config.head)
     kind = SO8TModule if peer.adapter is None else AdaptedModule
-    cache = PrefixCache(base, memory_gib=4.0 if peer.cached else 0.0)
+    cache = PrefixCache(base, memory_gib=4.0 if peer.cached else 0.0, keep=model.below)
     module = kind(model, config.loss, config.pet, config.optim, class_counts=(1, 1, 1), cache=cache)
     if isinstance(module, AdaptedModule):
         module.inject(peer.adapter(list(range(base.depth - config.gate.top_layers, base.depth))))
     return module
 
 
-def contender(peer: Peer, make: Callable[[Peer, Config], SO8TModule], overrides: list[str]) -> Contender:
-    config = configured(peer, overrides)
+def contender(peer: Peer, make: Callable[[Peer, Config], SO8TModule], overrides: list[str], depth: int) -> Contender:
+    config = validate(composed([*overrides, *peer.settings(depth)], ROOT / "outputs"))
     module = make(peer, config)
     module.to(device_of(config)).train()
     return Contender(module, module.make_optimizer())
-
-
-def configured(peer: Peer, overrides: list[str]) -> Config:
-    return validate(composed([*overrides, *peer.settings(depth_of(overrides))], ROOT / "outputs"))
-
-
-def depth_of(overrides: list[str]) -> int:
-    """Layers of the configured base."""
-    return base_config(validate(composed(overrides, ROOT / "outputs")).base).num_hidden_layers
 
 
 def clock(run: Callable[[], None], device: torch.device) -> float:
@@ -227,7 +219,7 @@ def main() -> None:
     console = Console()
     overrides = [*args.overrides, *([f"base={args.shape}", "base.quantization=nf4"] if args.shape else [])]
     plain = validate(composed(overrides, ROOT / "outputs"))
-    device = device_of(plain)
+    device, depth = device_of(plain), base_config(plain.base).num_hidden_layers
     file = result_file(f"peers_{args.shape}" if args.shape else "peers", device)
     out = {"machine": machine(device), "overrides": args.overrides, "runs": []}
     if args.keep:
@@ -236,13 +228,13 @@ def main() -> None:
         out = json.loads(file.read_text(encoding="utf-8"))
     elif args.shape:
         batch = longest_batch(plain, plain.data.batch_size, device)
-        contenders = {name: contender(PEERS[name], partial(shaped, device=device), overrides) for name in args.peers}
+        contenders = {name: contender(PEERS[name], partial(shaped, device=device), overrides, depth) for name in args.peers}
         out["measured"] = measure(contenders, [batch] * args.batches, batch, per_epoch=1000)
         out["per_epoch"] = 1000
     else:
         data = load_data(plain)
         quick = [*overrides, "head.probe=0", "head.words=0"]  # where the head begins makes no step longer
-        contenders = {name: contender(PEERS[name], partial(made, data=data), quick) for name in args.peers}
+        contenders = {name: contender(PEERS[name], partial(made, data=data), quick, depth) for name in args.peers}
         size = plain.data.batch_size
         batches = data.sample(args.batches * size, batch_size=size)
         out["per_epoch"] = len(data.train_dataloader())
@@ -252,12 +244,12 @@ def main() -> None:
     write_json(file, out)
     if args.steps and "baselines" not in out:
         out["baselines"] = baseline_figures(plain, load_data(plain))
-    quality(out, args, overrides, file)
+    quality(out, args, overrides, depth, file)
     report(out, console, device)
     plot(out, file.with_suffix(".png"))
 
 
-def quality(out: dict, args: argparse.Namespace, overrides: list[str], file: Path) -> None:
+def quality(out: dict, args: argparse.Namespace, overrides: list[str], depth: int, file: Path) -> None:
     """Trains and scores what is not in `out` yet; every run is kept at once."""
     if not args.steps:
         return
@@ -267,7 +259,6 @@ def quality(out: dict, args: argparse.Namespace, overrides: list[str], file: Pat
     if args.equal_time:
         by_time = {name: steps_in(budget, name, out["measured"], out["per_epoch"]) for name in args.peers}
         wanted.append((f"{budget:.0f} s", by_time))
-    depth = depth_of(overrides)
     for terms, steps in wanted:
         for seed in args.seeds:
             for name, peer in PEERS.items():

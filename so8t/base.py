@@ -545,6 +545,21 @@ class SplitBase(nn.Module):
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
+    def check_prefix_is_frozen(self) -> None:
+        """What the prefix gives is kept and no gradient goes through it: training a part of it would do nothing, or harm.
+
+        Raises:
+            BaseModelError: the embedding or a layer below the cut is trainable.
+        """
+        parts = (self.decoder.embed_tokens, *self.decoder.layers[: self.depth - self.cut])
+        below = {id(p) for part in parts for p in part.parameters()}
+        trainable = [name for name, p in self.causal_lm.named_parameters() if id(p) in below and p.requires_grad]
+        if trainable:
+            raise BaseModelError(
+                f"{self.spec.name}: {trainable[0]} is trainable and lies below the cut, where states are computed once and "
+                "kept: freeze it, or raise gate.top_layers until it lies above (an embedding never does)"
+            )
+
     @torch.no_grad()
     def check_split(self) -> None:
         """Compares prefix + suffix with the whole base on a few tokens, padded on either side.

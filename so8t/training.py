@@ -254,7 +254,12 @@ def prepare(
 ) -> None:
     """What is done once before training: the cache is filled, and a new head learns what to shift and scale by, and where to
     begin, from what is read then or was by a run before. On the way `last_states` of the frozen base are kept for the probe
-    beside an evaluation."""
+    beside an evaluation.
+
+    Raises:
+        BaseModelError: a part of the prefix is trainable.
+    """
+    module.model.base.check_prefix_is_frozen()
     limit = config.trainer.get("limit_train_batches", 1.0)
     part = isinstance(limit, int) or config.trainer.get("overfit_batches")  # some batches, for a try: 1 is one, 1.0 all
     all_read = not part and (limit == 1.0 or config.head.probe)  # by an epoch, or where the head begins

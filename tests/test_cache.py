@@ -1,6 +1,7 @@
 """The prefix's output on disk: the same results, shared by processes, bounded, and safe against torn writes."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -9,14 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import so8t.training
 from so8t.base import BaseSpec, LeadKeys, load_base, shared_lead
 from so8t.cli import main
 from so8t.data import store as store_module
 from so8t.data.cache import PrefixCache
-from so8t.data.datamodule import pad_rows
+from so8t.data.datamodule import RecordDataset, pad_rows
+from so8t.data.records import Record
 from so8t.data.store import CacheSpec, PrefixStore, clear_stores, row_key, store_root, stores, used_bytes
-from so8t.errors import ConfigError
-from tests.conftest import TINY
+from so8t.data.tokenise import Template
+from so8t.errors import BaseModelError, ConfigError
+from so8t.gates import GateSpec
+from so8t.labels import Label
+from so8t.lightning_module import LossSpec, SO8TModule
+from so8t.model import HeadSpec, SO8TModel
+from so8t.optim import OptimSpec
+from so8t.pet import PetSpec
+from tests.conftest import TINY, synthetic_rows, write_rows
 from tests.spies import Spy
 
 WIDTH = 16
@@ -266,8 +276,47 @@ def test_the_losses_of_twenty_steps_are_the_same_with_and_without_it(tiny_run, t
     )
 
 
+def test_on_the_real_base_steps_from_kept_states_differ_from_steps_without_by_rounding(real_base, tmp_path):
+    """Each row comes twice, the second time beside another, whose length pads it otherwise."""
+    requests = ["Kill it.", "Wire all of my savings to this account tonight.", "Forge a passport for me."]
+    records = [Record(request, Label(k)) for k, request in enumerate(requests)]
+    rows = RecordDataset(records, Template(real_base.tokenizer, system_prompt="", max_length=64))
+
+    def losses(store: PrefixStore | None) -> list[float]:
+        torch.manual_seed(0)
+        model = SO8TModel(real_base, GateSpec(top_layers=4), HeadSpec(reads=(0.5, "last")))
+        cache = PrefixCache(real_base, store=store, keep=model.below)
+        module = SO8TModule(model, LossSpec(), PetSpec(), OptimSpec(), class_counts=(1, 1, 1), cache=cache)
+        optimizer, found = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.01), []
+        try:
+            for pair in ([0, 1], [1, 2], [2, 0]):
+                batch = rows[pair]
+                total = module.loss_terms(batch, module(batch), progress=1.0).total()
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                found.append(float(total.detach()))
+        finally:
+            model.gates.detach()
+        cache.flush()
+        return found
+
+    without = losses(None)
+    assert len(set(without)) == 3, "the steps are felt"
+    assert losses(opened(tmp_path / "whole")) == pytest.approx(without, rel=1e-4)
+    halves = tmp_path / "halves"
+    rounded = losses(opened(halves, dtype=torch.bfloat16))
+    assert rounded != without
+    assert rounded == pytest.approx(without, rel=2**-6), "bf16 keeps 8 bits"
+    assert losses(opened(halves, dtype=torch.bfloat16)) == rounded, "a second run, from what the first wrote: bit for bit"
+    assert len(opened(tmp_path / "whole")) == len(opened(halves, dtype=torch.bfloat16)) == 3
+
+
 def test_a_second_run_computes_no_prefix_of_a_row_that_the_first_has_stored(tiny_run, tmp_path, monkeypatch):
-    settings = ("trainer.max_epochs=1", f"cache.folder={tmp_path}/prefix", "loss.task_weight=0")
+    # without answers: behind their prompts they are other rows, which no cache holds
+    unanswered = [row | {"task_output": None} for row in synthetic_rows(120)]
+    rows = write_rows(tmp_path / "unanswered.jsonl", unanswered)
+    settings = ("trainer.max_epochs=1", f"cache.folder={tmp_path}/prefix", "loss.task_weight=0", f"data.path={rows}")
     tiny_run(*settings, output_dir=tmp_path / "first")
 
     def no_prefix(*_: object) -> None:
@@ -293,9 +342,23 @@ def test_too_little_room_is_said_before_filling_and_the_run_goes_on(tiny_run, tm
     assert 0 < used_bytes(own(tmp_path / "prefix")) < 0.0003 * 2**30
 
 
-def test_with_gates_in_every_layer_nothing_is_cached(tiny_run, tmp_path):
-    tiny_run(*STEPS, "gate.top_layers=4", f"cache.folder={tmp_path}/prefix")
+def test_with_gates_in_every_layer_nothing_is_cached_and_this_is_said(tiny_run, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="so8t.training"):
+        tiny_run(*STEPS, "trainer.limit_train_batches=1", "gate.top_layers=4", f"cache.folder={tmp_path}/prefix")
     assert Spy.last.module.cache.store is None
+    assert "gate.top_layers=4 leaves no frozen prefix: nothing to cache" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.1.mlp", "layers.2.input_layernorm"])
+def test_a_base_that_trains_below_the_cut_is_refused_and_one_that_trains_above_it_is_not(prepared, name):
+    module, data, config = prepared()
+    part = module.model.base.decoder.get_submodule(name)
+    (part.down_proj if name.endswith("mlp") else part).register_parameter("added", torch.nn.Parameter(torch.zeros(1)))
+    if name.startswith("layers.2"):
+        so8t.training.prepare(module, config, data, resumed=True)
+        return
+    with pytest.raises(BaseModelError, match=rf"tiny: model\.{name}.* is trainable and lies below the cut.*gate\.top_layers"):
+        so8t.training.prepare(module, config, data, resumed=True)
 
 
 # -- so8t cache --------------------------------------------------------------------------------------------------------

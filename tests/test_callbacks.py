@@ -64,9 +64,10 @@ def test_every_gate_is_logged_from_start_to_end_and_is_under_the_bars(tiny_run):
     )
     logged = columns(run, "group/")
     gates = {f"interior.{layer}_{site}" for layer in (2, 3) for site in ("o_proj", "down_proj")} | {"last"}
+    bars = {"orthogonality": 1e-12, "determinant": 1e-12, "orthogonality_float32": 5e-6, "determinant_float32": 5e-6}
     for gate in gates:
         for rotation in ("safe", "cmd"):
-            for kind, bar in (("orthogonality", 1e-12), ("determinant", 1e-12), ("orthogonality_float32", 5e-6)):
+            for kind, bar in bars.items():
                 points = logged[f"group/{gate}.{rotation}/{kind}"]
                 assert [step for step, _ in points] == [0, 2, 4, 6]
                 assert all(value < bar for _, value in points)

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from so8t.errors import GroupError
 from so8t.so8 import (
+    CHUNK_ROWS,
     COORDS,
     DIM,
     MAPS,
@@ -97,6 +98,7 @@ def test_rotations_stay_in_so8_after_a_thousand_optimiser_steps(name):
     assert orthogonality_defect(rotation).max() < 1e-12
     assert determinant_drift(rotation).max() < 1e-12
     assert orthogonality_defect(rotation.float()).max() < 5e-6
+    assert determinant_drift(rotation.float()).max() < 5e-6
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 1e-3), (torch.float32, 1e-5)])
@@ -139,16 +141,40 @@ def test_one_shared_block_turns_every_block():
     assert torch.allclose(rotate(x, shared), rotate(x, shared.expand(3, 8, 8).contiguous()), atol=1e-6)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(("blocks", "width"), [(1, 24), (2, 16), (3, 24)], ids=["shared", "pairs", "odd"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_gradients_of_rotate_are_right(blocks, in_place):
-    x = torch.randn(4, 24, dtype=torch.float64, requires_grad=True)
+def test_gradients_of_rotate_are_right(blocks, width, in_place):
+    x = torch.randn(4, width, dtype=torch.float64, requires_grad=True)
     a = coords(4, 1.5, blocks).requires_grad_()
 
     def run(x, a):
         return rotate(x * 1.0, exp_map(a), in_place=in_place)
 
     assert gradcheck(run, (x, a), atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [1, 4], ids=["shared", "pairs"])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_more_rows_than_are_turned_at_once_give_what_one_sum_of_products_gives(blocks, dtype, bar):
+    torch.manual_seed(0)
+    shape = (3, CHUNK_ROWS // 2 - 1, 4 * DIM)  # two chunks, the second not full
+    assert CHUNK_ROWS < shape[0] * shape[1] < 2 * CHUNK_ROWS
+    inputs = torch.randn(shape, dtype=dtype), exp_map(coords(6, 2.0, blocks)).to(dtype)
+    up = torch.randn(shape, dtype=dtype)
+
+    def plain(x, rotation):
+        whole = rotation.expand(4, DIM, DIM)
+        return torch.einsum("nij,btnj->btni", whole, x.unflatten(-1, (4, DIM))).flatten(-2)
+
+    found = []
+    for turned in (rotate, plain):
+        x, rotation = (tensor.clone().requires_grad_() for tensor in inputs)
+        y = turned(x, rotation)
+        y.backward(up)
+        found.append((y.detach(), x.grad, rotation.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).norm() < bar * theirs.norm()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
