@@ -240,7 +240,8 @@ def _check_together(config: Config) -> None:
         problems.append(f"trainer.accumulate_grad_batches={config.trainer['accumulate_grad_batches']} is less than 1")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction leave nothing to train on")
-    if not loss.safety_weight and not loss.cost_weight and not loss.path_weight:
+    untaught = not loss.safety_weight and not loss.cost_weight and not loss.path_weight
+    if untaught and config.init_from is None:
         problems.append("loss.safety_weight, loss.cost_weight and loss.path_weight are all 0: nothing teaches the head")
     if gate.interior == "both" and not gate.last and loss.task_weight:
         problems.append("gate.last=false leaves no R_cmd for the task loss: set loss.task_weight=0")

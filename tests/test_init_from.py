@@ -82,3 +82,11 @@ def test_the_guard_knows_how_safe_the_agent_was_before_the_first_step(tuned, fin
     assert "best gates restored" in caplog.text
     begun, kept = (load_file(run / "adapter" / "adapter.safetensors") for run in (finished_run, tmp_path / "run"))
     assert all(torch.equal(begun[name], kept[name]) for name in begun)
+
+
+def test_the_language_model_loss_alone_may_train_an_agent_that_has_learnt_to_decide(tuned, finished_run, tmp_path):
+    alone = ("loss.safety_weight=0", "loss.path_weight=0", "loss.cost_weight=0", "loss.task_weight=1", "data.task_rows=2")
+    trained(tuned(*alone, "loss.task_reaches=all", "pet=none", "trainer.max_epochs=1", "~callbacks.best", "evaluate=false"))
+    begun, kept = (load_file(run / "adapter" / "adapter.safetensors") for run in (finished_run, tmp_path / "run"))
+    changed = {name.split(".")[0] for name in begun if not torch.equal(begun[name], kept[name])}
+    assert changed == {"gates"}, "nothing teaches the head, so it stays bit for bit what it was"
