@@ -26,7 +26,7 @@ SAME_DATA = ("path", "test_path", "holdout_sources", "split_seed", "val_fraction
 """Keys of `data` that decide which rows are tests, compared where the rows themselves are not in the folders."""
 IGNORED = (
     "seed", "tags", "paths", "logger", "objective", "ckpt_path", "cache.folder", "cache.max_gib",
-    "callbacks.progress", "trainer.enable_progress_bar",
+    "callbacks.progress", "trainer.enable_progress_bar", "trainer.plugins",
 )  # fmt: skip
 """Settings that make no variant."""
 

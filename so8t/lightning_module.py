@@ -28,9 +28,6 @@ from so8t.pet import GroupInertia, PetSpec, centred, temporal_consistency
 from so8t.specs import NotNegative, PositiveInt, ProperFraction, spec
 from so8t.words import STRENGTH
 
-TEST_SETS = ("test", "unseen")
-
-
 log = logging.getLogger(__name__)
 
 
@@ -96,11 +93,7 @@ class SO8TModule(L.LightningModule):
         self.cache = PrefixCache(model.base, keep=model.below) if cache is None else cache
         self._random_state: tuple[Tensor | None, Tensor | None] = (None, None)
         self.val_metrics = SafetyMetrics()
-        self.test_metrics = SafetyMetrics()
-        self.unseen_metrics = SafetyMetrics()
-        self.means = _Means(
-            {f"{part}_{kind}": MeanMetric() for part in ("val", *TEST_SETS) for kind in ("lm", "flicker", "changes", "loss")}
-        )
+        self.means = _Means({kind: MeanMetric() for kind in ("lm", "flicker", "decision_changes", "loss")})
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
@@ -258,64 +251,38 @@ class SO8TModule(L.LightningModule):
         with self.model.gates.computed_once():
             self.inertia.update(self.model.gates)
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
+    # -- validation ----------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, part: str, metrics: SafetyMetrics, batch: Batch) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the metrics, its loss included, of what is decided: words and states."""
         output = self(batch)
         decisions = self.model.decide(output, batch.position)
-        metrics.update(decisions.probabilities, decisions.labels, batch.labels, decisions.failed, decisions.unsure)
+        self.val_metrics.update(decisions.probabilities, decisions.labels, batch.labels, decisions.failed, decisions.unsure)
         steadiness, changes = flicker(self.model.smoothed_logits(output, batch.path), batch.path)
-        self.means[f"{part}_flicker"].update(steadiness[~steadiness.isnan()])
-        self.means[f"{part}_changes"].update(changes[~changes.isnan()])
+        self.means["flicker"].update(steadiness[~steadiness.isnan()])
+        self.means["decision_changes"].update(changes[~changes.isnan()])
         logits = at_position(output.logits, batch.position)
         good = ~decisions.failed
         if good.any():
             loss = safety_loss(logits[good], batch.labels[good], class_weights=self.class_weights)
-            self.means[f"{part}_loss"].update(loss, weight=int(good.sum()))
+            self.means["loss"].update(loss, weight=int(good.sum()))
         if batch.task is not None and self.loss_spec.task_weight:
             loss, count = self.task_loss(batch.task)
             if count:
-                self.means[f"{part}_lm"].update(loss, weight=count)
+                self.means["lm"].update(loss, weight=count)
 
-    def _results(self, part: str, metrics: SafetyMetrics) -> dict[str, float]:
-        results = metrics.compute()
-        for kind, name in (("flicker", "flicker"), ("changes", "decision_changes"), ("loss", "loss")):
-            mean = self.means[f"{part}_{kind}"]
-            if mean.update_called:
-                results[name] = float(mean.compute())
-        if self.means[f"{part}_lm"].update_called:
-            results["task_perplexity"] = float(self.means[f"{part}_lm"].compute().exp())
-        for kind in ("lm", "flicker", "changes", "loss"):
-            self.means[f"{part}_{kind}"].reset()
-        return results
-
-    def _metrics(self, part: str) -> SafetyMetrics:
-        return self.unseen_metrics if part == "unseen" else self.test_metrics
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the validation metrics."""
-        self._evaluate("val", self.val_metrics, batch)
+    def _results(self) -> dict[str, float]:
+        means = {kind: self.means[kind].compute() for kind in self.means if self.means[kind].update_called}
+        if "lm" in means:
+            means["task_perplexity"] = means.pop("lm").exp()
+        return self.val_metrics.compute() | {name: float(mean) for name, mean in means.items()}
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation metrics."""
-        results = self._results("val", self.val_metrics)
-        self.log_dict({f"val/{name}": value for name, value in results.items()})
+        self.log_dict({f"val/{name}": value for name, value in self._results().items()})
         self.val_metrics.reset()
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the metrics of the mixed test (first loader) or the unseen sources (second)."""
-        part = TEST_SETS[dataloader_idx]
-        self._evaluate(part, self._metrics(part), batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the test metrics of both sets."""
-        for part in TEST_SETS:
-            metrics = self._metrics(part)
-            if metrics.update_called:
-                results = self._results(part, metrics)
-                self.log_dict({f"{part}/{name}": value for name, value in results.items()})
-            metrics.reset()
+        for kind in self.means:
+            self.means[kind].reset()
 
     # -- optimisation --------------------------------------------------------------------------------------------------
 

@@ -54,11 +54,6 @@ class SafetyMetrics(nn.Module):
         self.calibration.update(probabilities[keep], labels[keep])
         self.auroc.update(1 - probabilities[keep][:, Label.ALLOW], (labels[keep] != Label.ALLOW).long())
 
-    @property
-    def update_called(self) -> bool:
-        """Whether any row was added."""
-        return self.failures.update_called
-
     def reset(self) -> None:
         """Forgets all rows."""
         self.by_decision.reset()

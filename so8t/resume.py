@@ -20,13 +20,15 @@ _GATE = [f"gate.{field.name}" for field in fields(GateSpec) if field.name != "in
 _HEAD = [f"head.{key}" for key in (*OF_HEAD, "commutator")]
 _PROMPTS = ["data.decision_prompt", "data.system_prompt"]
 _ABSENT = object()
+_NOT_WHOLE = "is no checkpoint of a training run, or not whole"
 _BEFORE = {key: getattr(HeadSpec(), key.removeprefix("head.")) for key in _HEAD}
 """What runs from before one of these settings did; of others that a run does not name it is not known."""
 
 
 def find_checkpoint(asked: str | None, run: Path) -> Path | None:
     """`ckpt_path`: a file, a folder for the newest checkpoint in it, or `last` for the newest of this run or of the runs beside
-    it. A job of a sweep goes on from the job of its number in an earlier sweep, never from a neighbour.
+    it. A job of a sweep goes on from the job of its number in an earlier sweep, never from a neighbour. The newest is the
+    newest whole one.
 
     Raises:
         ArtefactError: there is none, or it is no checkpoint.
@@ -35,29 +37,33 @@ def find_checkpoint(asked: str | None, run: Path) -> Path | None:
         return None
     if asked == "last":
         root = next((parent for parent in run.parents if parent.name in ("outputs", "multirun")), run)
-        path = _newest(root, asked, job=run.name if run.name.isdigit() else None)
-    else:
-        path = Path(asked).absolute()
-        if path.is_dir():
-            path = _newest(path, asked)
-        elif not path.is_file():
-            raise ArtefactError(f"ckpt_path={asked}: no such file")
-    try:
-        known = "state_dict" in torch.load(path, map_location="meta", weights_only=True)
-    except (RuntimeError, ValueError, TypeError, EOFError, UnpicklingError):
-        known = False
-    if not known:
-        raise ArtefactError(f"ckpt_path={asked}: {path} is no checkpoint of a training run, or not whole")
+        return _newest(root, asked, job=run.name if run.name.isdigit() else None)
+    path = Path(asked).absolute()
+    if path.is_dir():
+        return _newest(path, asked)
+    if not path.is_file():
+        raise ArtefactError(f"ckpt_path={asked}: no such file")
+    if not _whole(path):
+        raise ArtefactError(f"ckpt_path={asked}: {path} {_NOT_WHOLE}")
     return path
 
 
 def _newest(root: Path, asked: str, job: str | None = None) -> Path:
     found = [path for path in root.rglob("checkpoints/*.ckpt") if job in (None, path.parents[1].name)]
-    if not found:
-        raise ArtefactError(f"ckpt_path={asked}: no checkpoint under {root}: train first, or give the file")
-    path = max(found, key=lambda p: (p.stat().st_mtime, p.name))
-    log.info("continuing from %s", path)
-    return path
+    for path in sorted(found, key=lambda p: (p.stat().st_mtime, p.name), reverse=True):
+        if _whole(path):
+            log.info("continuing from %s", path)
+            return path
+        log.warning("passed over: %s %s", path, _NOT_WHOLE)
+    whole = " is whole" if found else ""
+    raise ArtefactError(f"ckpt_path={asked}: no checkpoint under {root}{whole}: train first, or give the file")
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return "state_dict" in torch.load(path, map_location="meta", weights_only=True)
+    except (RuntimeError, ValueError, TypeError, EOFError, UnpicklingError):
+        return False
 
 
 def check_continues(checkpoint: Path, composed: DictConfig) -> None:

@@ -27,6 +27,7 @@ from so8t.base import load_base
 from so8t.baselines import Baselines, Floats
 from so8t.callbacks.checkpoints import BestUnderCeiling
 from so8t.callbacks.group import GroupMonitor
+from so8t.capability import task_perplexity
 from so8t.config import Config, validate
 from so8t.console import quieten
 from so8t.data.cache import PrefixCache
@@ -346,6 +347,10 @@ def evaluate_run(
         predictions = predict(model, records, template, batch_size=batch_size, cache=cache, title=title)
         result = evaluate(title, records, predictions, baselines, features(records, title))
         print_evaluation(result, console)
+        if perplexity := task_perplexity(model, records, template, batch_size=batch_size):
+            gated, alone = perplexity.values()
+            console.print(f"{title}: perplexity {gated:.1f} a token of answers behind all gates, {alone:.1f} of the base alone")
+            result.overall["SO8T"] |= perplexity
         write_json(run / f"{part}.json", result.as_json())
         mistakes = {i: request_tokens(agent, records[i], prefix=cache.prefix) for i in predictions.worst(records)}
         write_predictions(run / f"{part}_predictions.jsonl", records, predictions, mistakes)

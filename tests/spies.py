@@ -83,7 +83,7 @@ class Scripted(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: SO8TModule) -> None:
         figures = {name.removeprefix("val/"): value for name, value in self.sequence.pop(0).items()}
-        pl_module._results = lambda part, metrics: figures
+        pl_module._results = lambda: figures
 
 
 class At(L.Callback):

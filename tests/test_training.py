@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 
 from so8t.adapter import Agent
 from so8t.base import load_base, stored_tensors
+from so8t.callbacks.checkpoints import AtomicCheckpointIO
 from so8t.conversation import Prompt
 from so8t.data.datamodule import RecordDataset
 from so8t.data.records import Record
@@ -293,6 +295,7 @@ def test_checkpoints_hold_gates_and_head_alone_in_kilobytes_and_load_without_pic
     _, run = tiny_run(*SHORT, "callbacks.by_step.every_n_train_steps=2")
     files = sorted((run / "checkpoints").glob("*.ckpt"))
     assert len(files) == 3, "best, and two by step"
+    assert type(Spy.last.module.trainer.strategy.checkpoint_io) is AtomicCheckpointIO
     numbers = sum(p.numel() for p in Spy.last.module.parameters() if p.requires_grad)
     for file in files:
         checkpoint = torch.load(file, weights_only=True)  # refuses pickled objects
@@ -303,6 +306,32 @@ def test_checkpoints_hold_gates_and_head_alone_in_kilobytes_and_load_without_pic
         # parameters, AdamW's two moments, the guard's best and the averages: nothing of the base's 170,000 numbers
         total = sum(t.numel() for t in _tensors(checkpoint))
         assert total < 20 * numbers
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", ["killed", "interrupted"])
+def test_a_save_that_is_cut_short_leaves_the_older_checkpoint_whole_and_nothing_under_a_new_name(tmp_path, monkeypatch, end):
+    old, new = tmp_path / "step-step=1.ckpt", tmp_path / "step-step=2.ckpt"
+    save = AtomicCheckpointIO().save_checkpoint
+    save({"state_dict": {"w": torch.ones(9)}}, old)
+    whole = old.read_bytes()
+    for path in (old, new):
+        if end == "killed":
+            if not (child := os.fork()):
+                os.fsync = killed
+                save({"state_dict": {"w": torch.zeros(9)}}, path)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        else:
+            monkeypatch.setattr(os, "fsync", lambda _: [].pop())
+            with pytest.raises(IndexError):
+                save({"state_dict": {"w": torch.zeros(9)}}, path)
+            assert list(tmp_path.iterdir()) == [old], "what was written is gone, too"
+        assert list(tmp_path.glob("*.ckpt")) == [old]
+        assert old.read_bytes() == whole
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
@@ -400,7 +429,7 @@ def test_a_job_of_a_sweep_goes_on_from_the_job_of_its_number_and_from_no_neighbo
         find_checkpoint("last", tmp_path / kind / "tuesday" / "2")
 
 
-def test_a_runs_folder_is_that_run_whatever_came_later_and_a_file_needs_no_folder(tmp_path, monkeypatch):
+def test_a_runs_folder_is_that_run_whatever_came_later_and_a_file_needs_no_folder(tmp_path, monkeypatch, caplog):
     first = checkpoint(tmp_path, "outputs", "day", "10-00")
     second = checkpoint(tmp_path, "outputs", "day", "11-00")
     run = tmp_path / "outputs" / "day" / "12-00"
@@ -412,6 +441,12 @@ def test_a_runs_folder_is_that_run_whatever_came_later_and_a_file_needs_no_folde
     check_continues(found, OmegaConf.create())
     second.write_bytes(second.read_bytes()[:40])
     with pytest.raises(ArtefactError, match="no checkpoint of a training run, or not whole"):
+        find_checkpoint(str(second), run)
+    assert not caplog.messages
+    assert find_checkpoint("last", run) == first, "the newest that is whole"
+    assert caplog.messages == [f"passed over: {second} is no checkpoint of a training run, or not whole"]
+    first.write_bytes(b"")
+    with pytest.raises(ArtefactError, match=r"no checkpoint under \S+ is whole"):
         find_checkpoint("last", run)
 
 
@@ -541,6 +576,7 @@ def test_two_processes_over_gloo_share_the_rows_and_end_with_the_same_weights(ro
     assert len(rows) == len(set(rows)) == 2 * 4 * 4, "no row went to both"
     assert all(torch.equal(tensor, two["state"][name]) for name, tensor in one["state"].items())
     assert (tmp_path / "run" / "adapter" / "adapter.json").is_file()
+    assert find_checkpoint("last", tmp_path / "run")
 
 
 def test_a_module_stays_on_the_device_it_was_trained_on_when_lightning_is_done_with_it(tiny_base):

@@ -1,5 +1,6 @@
-"""Checkpoints by step, by minutes, and the best by validation macro-F1 under a false-allow ceiling."""
+"""Checkpoints: how they are written, and the best by validation macro-F1 under a false-allow ceiling."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,24 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from so8t.callbacks.collapse import SafetyCollapseGuard
 from so8t.files import write_bytes
 from so8t.specs import Fraction
 
 SELECTION = "val/selection"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its name, flushes it to disk and renames it. Lightning writes into the temporary folder and
+    moves: where that is on another file system this is a copy, which leaves half a file under the name if it is cut short."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """A checkpoint of kilobytes, as a file on this machine: `storage_options`, for other places, change nothing."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_bytes(Path(path), buffer.getvalue())
 
 
 class BestUnderCeiling(ModelCheckpoint):

@@ -21,7 +21,7 @@ from so8t.data.framing import framed
 from so8t.data.records import OnBadRow, Record, read_jsonl
 from so8t.data.sources import SourceSpec, load_sources, report_skipped
 from so8t.data.splits import apart_from, split_by_group, without_twins
-from so8t.data.tokenise import Template, pad_rows
+from so8t.data.tokenise import EncodedTarget, Template, pad_rows
 from so8t.data.weights import row_weights
 from so8t.errors import DataError
 from so8t.labels import LABELS
@@ -159,11 +159,16 @@ class RecordDataset(Dataset[Batch]):
             record = self.records[i]
             text = record.safety_rationale if rationale else record.task_output
             encoded.append(self.template.encode_target(record, text or "", rationale=rationale))
-        tokens, mask = pad_rows([e.tokens for e in encoded], self._pad)
-        shifted = torch.full_like(tokens, IGNORE)
-        for k, e in enumerate(encoded):
-            shifted[k, e.start - 1 : len(e.tokens) - 1] = tokens[k, e.start : len(e.tokens)]
-        return TaskBatch(tokens, mask, shifted)
+        return task_batch(encoded, self._pad)
+
+
+def task_batch(encoded: Sequence[EncodedTarget], pad: int) -> TaskBatch:
+    """Right-padded sequences, whose targets are the text behind the prompt and the end of the turn."""
+    tokens, mask = pad_rows([e.tokens for e in encoded], pad)
+    shifted = torch.full_like(tokens, IGNORE)
+    for k, e in enumerate(encoded):
+        shifted[k, e.start - 1 : len(e.tokens) - 1] = tokens[k, e.start : len(e.tokens)]
+    return TaskBatch(tokens, mask, shifted)
 
 
 class LengthSampler(Sampler[list[int]]):
@@ -372,7 +377,3 @@ class SafetyData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation rows."""
         return self._loader(self.val, shuffle=False)
-
-    def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """The mixed test split and, where sources are held out, the unseen ones."""
-        return [self._loader(rows, shuffle=False) for rows in (self.test, self.unseen) if rows]
