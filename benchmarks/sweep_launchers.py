@@ -1,10 +1,11 @@
 """A small sweep under every launcher that is installed: how long it takes, and whether its results equal the basic launcher's.
 
-    .venv/bin/python -m benchmarks.sweep_launchers [--launchers basic joblib ray submitit_local]
+    .venv/bin/python -m benchmarks.sweep_launchers [--launchers basic joblib ray submitit_local ray_cluster]
 
 Three variants and two seeds of `base=tiny` on part of the starter set, one thread a process, one prefix cache for all jobs of a
 launcher; two workers with joblib and Ray, all jobs at once with submitit. Equal means: the same metrics and the same
 predictions, byte for byte. Times tell nothing where other processes were running: the load before each is kept beside them.
+`ray_cluster` alone has to be asked for: it wants one that is there (`ray start --head --num-cpus=2`).
 Writes `results/sweep_launchers.json`.
 """
 
@@ -29,6 +30,7 @@ LAUNCHERS = {
     "joblib": ("hydra-joblib-launcher", ["hydra.launcher.n_jobs=2"]),
     "ray": ("hydra-ray-launcher", ["+hydra.launcher.ray.init.num_cpus=2"]),
     "submitit_local": ("hydra-submitit-launcher", []),
+    "ray_cluster": ("hydra-ray-launcher", ["hydra.launcher.ray.remote.num_gpus=0", "hydra.launcher.ray.remote.num_cpus=1"]),
 }
 """The package that brings it, and what makes two workers of it."""
 SWEEP = ["hparams_search=task", "seed=0,1"]
@@ -71,7 +73,8 @@ def results(folder: Path) -> dict[str, tuple[object, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--launchers", nargs="+", choices=sorted(LAUNCHERS), default=list(LAUNCHERS))
+    unasked = [name for name in LAUNCHERS if name != "ray_cluster"]
+    parser.add_argument("--launchers", nargs="+", choices=sorted(LAUNCHERS), default=unasked)
     parser.add_argument("--folder", type=Path, help="where the sweeps are kept, an empty or new one (default: nowhere)")
     args = parser.parse_args()
     table = Table(title=f"{' '.join(SWEEP)} on base=tiny; {machine()}", title_justify="left")

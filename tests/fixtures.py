@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -13,8 +12,6 @@ import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
-from hydra._internal import config_loader_impl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigResult
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from playwright.sync_api import expect, sync_playwright
@@ -28,9 +25,11 @@ from so8t.gates import GateSpec
 from so8t.labels import LABELS
 from so8t.model import HeadSpec, SO8TModel
 from so8t.rationale import Rationales, Written
+from tests import quick_hydra
 
 ROOT = Path(__file__).parents[1]
 quieten()
+quick_hydra.install()
 torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -45,22 +44,6 @@ def pytest_collection_finish() -> None:
     """Everything is imported now and stays: no garbage collection need go through it."""
     gc.freeze()
     gc.enable()
-
-
-class ReadOnce(CachingConfigRepository):
-    """Hydra parses the files of conf/ anew for every composition, and tests compose hundreds of times."""
-
-    read: dict[str, bytes] = {}
-
-    def load_config(self, config_path: str) -> ConfigResult | None:
-        if config_path not in self.read:
-            self.read[config_path] = pickle.dumps(super().load_config(config_path))
-        if config_path not in self.cache:  # composing writes into what it is given
-            self.cache[config_path] = pickle.loads(self.read[config_path])
-        return self.cache[config_path]
-
-
-config_loader_impl.CachingConfigRepository = ReadOnce
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -15,7 +15,7 @@ import wandb
 import yaml
 from hydra.errors import HydraException
 from lightning.pytorch.loggers import WandbLogger
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter
 
 import so8t.training
@@ -31,13 +31,15 @@ from so8t.model import HeadSpec
 from so8t.optim import OptimSpec
 from so8t.pet import PetSpec
 from so8t.rationale_training import RationaleSpec
+from tests import quick_hydra
 from tests.conftest import ROOT, composed
 
 CONF = ROOT / "conf"
 
 
 def options(group: str) -> list[str]:
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+    """Names as the command line says them, those in folders within the group too."""
+    return sorted(str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml"))
 
 
 PROFILES = options("hw")
@@ -46,7 +48,7 @@ GROUPS: dict[str, list[str]] = {
     "base": options("base"),
     "gate": options("gate"),
     "pet": options("pet"),
-    "optim": [name for name in options("optim") if name != "large_steps"],  # the default with two other numbers
+    "optim": options("optim"),
     "data": [name for name in options("data") if name != "base"],
     "debug": ["", *options("debug")],
     "experiment": ["", *options("experiment")],
@@ -90,25 +92,54 @@ def kinds(section: str) -> set[tuple[str, ...]]:
     return set(itertools.product(*(dict.fromkeys(kind(section, g, o) for o in GROUPS[g]) for g in groups)))
 
 
+Option = tuple[str, str]
+"""A group and what is chosen in it."""
+MEETINGS: set[frozenset[Option]] = {
+    frozenset([(one, a), (other, b)])
+    for one, other in itertools.combinations(GROUPS, 2)
+    for a, b in itertools.product(GROUPS[one], GROUPS[other])
+}
+"""Every two options of different groups."""
+
+
+def met(choice: dict[str, str]) -> set[frozenset[Option]]:
+    return {frozenset(pair) for pair in itertools.combinations(choice.items(), 2)}
+
+
+def filled(choice: dict[str, str], unmet: set[frozenset[Option]], rng: random.Random) -> dict[str, str]:
+    """A whole choice that keeps what is chosen and lets many meet that have not; groups with many options first."""
+    for group in sorted(GROUPS.keys() - choice.keys(), key=lambda g: (-len(GROUPS[g]), g)):
+        new = {o: sum(frozenset([(group, o), other]) in unmet for other in choice.items()) for o in GROUPS[group]}
+        choice = {**choice, group: rng.choice([o for o, count in new.items() if count == max(new.values())])}
+    return {group: choice[group] for group in GROUPS}
+
+
+def for_sections(missing: dict[str, list[tuple[str, ...]]], rng: random.Random) -> dict[str, str]:
+    """Part of a choice: in as many sections as it can, a combination of what the groups do to it that is missing."""
+    choice: dict[str, str] = {}
+    for section in sorted(missing, key=lambda s: -len(missing[s])):
+        for wanted in missing[section]:
+            fitting = [
+                [o for o in ([choice[g]] if g in choice else GROUPS[g]) if kind(section, g, o) == k]
+                for g, k in zip(SECTIONS[section], wanted, strict=True)
+            ]
+            if all(fitting):
+                choice |= {g: rng.choice(options) for g, options in zip(SECTIONS[section], fitting, strict=True)}
+                break
+    return choice
+
+
 def covering() -> list[dict[str, str]]:
-    """Choices in which every section meets every combination of its groups, many sections at once; then eight more."""
+    """Choices in which every section meets every combination of its groups, and every two options of different groups meet."""
     rng = random.Random(0)
     missing = {section: sorted(kinds(section)) for section in sorted(SECTIONS)}
-    choices = []
-    while any(missing.values()):
-        choice: dict[str, str] = {}
-        for section in sorted(missing, key=lambda s: -len(missing[s])):
-            for wanted in missing[section]:
-                fitting = [
-                    [o for o in ([choice[g]] if g in choice else GROUPS[g]) if kind(section, g, o) == k]
-                    for g, k in zip(SECTIONS[section], wanted, strict=True)
-                ]
-                if all(fitting):
-                    choice |= {g: rng.choice(options) for g, options in zip(SECTIONS[section], fitting, strict=True)}
-                    break
-        choices.append({group: choice.get(group, rng.choice(opts)) for group, opts in GROUPS.items()})
+    unmet, choices = set(MEETINGS), []
+    while unmet or any(missing.values()):
+        begun = for_sections(missing, rng) if any(missing.values()) else dict(sorted(min(unmet, key=sorted)))
+        choices.append(filled(begun, unmet, rng))
+        unmet -= met(choices[-1])
         missing = {s: [c for c in left if c != of_section(s, choices[-1])] for s, left in missing.items()}
-    return choices + [{group: rng.choice(opts) for group, opts in GROUPS.items()} for _ in range(8)]
+    return choices
 
 
 def of_section(section: str, choice: dict[str, str]) -> tuple[str, ...]:
@@ -166,13 +197,20 @@ def test_every_whole_combination_is_valid(by_section, tmp_path):
         }
         for name, kind in specs.items()
     }
+    groups = {g: opts for g, opts in GROUPS.items() if any(g in SECTIONS[name] for name in specs)}
+    assert GROUPS.keys() - groups.keys() == {"logger", "debug"}, "they say nothing about these sections"
     count = 0
-    for chosen in itertools.product(*GROUPS.values()):
-        choice = dict(zip(GROUPS, chosen, strict=True))
+    for chosen in itertools.product(*groups.values()):
+        choice = dict(zip(groups, chosen, strict=True))
         parts = {name: made[name][of_section(name, choice)] for name in specs}
         _check_together(dataclasses.replace(default, **parts))
         count += 1
-    assert count == 5 * 7 * 2 * 2 * 2 * 4 * 4 * 2 * 2
+    assert count == 5 * 7 * 2 * 2 * 3 * 4 * 15
+
+
+def test_every_two_options_of_different_groups_meet_in_a_composition(wholes):
+    assert set().union(*(met(choice) for choice, _ in wholes)) == MEETINGS
+    assert len(GROUPS["experiment"]) == 1 + 1 + 4 + 4 + 2 + 3, "the folders in it, too"
 
 
 def test_a_whole_combination_is_its_sections_put_together(wholes, by_section):
@@ -191,6 +229,30 @@ def _without(value: object, *keys: str) -> object:
     if isinstance(value, dict):
         return {k: _without(v, *keys) for k, v in value.items() if k not in keys}
     return value
+
+
+def swaps(group: str, option: str) -> list[str]:
+    """What a file chooses in other groups, as the command line would say it."""
+    raw = yaml.safe_load((CONF / group.strip("+") / f"{option}.yaml").read_text())
+    entries = [entry for entry in raw.get("defaults", []) if isinstance(entry, dict)]
+    return [f"{key.removeprefix('override /')}={value}" for entry in entries for key, value in entry.items()]
+
+
+@pytest.mark.parametrize("asked", [f"{g}={o}" for g in ("+hw", "experiment") for o in GROUPS[g] if o and swaps(g, o)])
+def test_what_a_file_chooses_in_other_groups_is_as_if_the_command_line_did(asked, tmp_path):
+    """The combinations above name every group, and a named one wins."""
+    named = swaps(*asked.split("="))
+    assert composed(asked, output_dir=tmp_path) == composed(asked, *named, output_dir=tmp_path)
+
+
+def test_tests_compose_what_hydra_composes(monkeypatch, tmp_path):
+    commands = [("+hw=rtx3060", "base=tiny", "data=hub_mix", "optim=seed"), ("experiment=no_gates", "debug=overfit")]
+    commands += [("hparams_search=pet", "data=starter", "~callbacks.progress", "+trainer.max_time=null")]
+    quicker = [composed(*command, output_dir=tmp_path) for command in commands * 2][-len(commands) :]
+    for owner, name, function in quick_hydra.PLAIN:
+        monkeypatch.setattr(owner, name, function)
+    assert quicker == [composed(*command, output_dir=tmp_path) for command in commands]
+    assert [type(config) for config in quicker] == [DictConfig] * 3
 
 
 # -- who wins ----------------------------------------------------------------------------------------------------------
@@ -318,7 +380,8 @@ WRONG = {
     "callbacks.by_minutes.train_time_interval.minutes=abc": r"callbacks\.by_minutes\.train_time_interval: datetime\.timedelta",
     "+callbacks.by_minutes.train_time_interval.minuts=3": r"callbacks\.by_minutes\.train_time_interval: .*minuts",
     "callbacks.guard.tolerance='0.2'": r"callbacks\.guard\.tolerance='0\.2': a text, where a number is wanted",
-    "+trainer.plugins=[{_target_:so8t.gone.Plugin}]": r"trainer\.plugins\.0\._target_: there is no so8t\.gone\.Plugin",
+    "trainer.plugins._target_=so8t.gone.Plugin": r"trainer\.plugins\._target_: there is no so8t\.gone\.Plugin",
+    "+trainer.callbacks=[{_target_:so8t.gone.Plugin}]": r"trainer\.callbacks\.0\._target_: there is no so8t\.gone\.Plugin",
     "objective=macro_f1": r"objective=macro_f1 is no metric",
 }
 
@@ -505,6 +568,6 @@ def test_every_spec_is_reached_from_the_config():
 def test_every_profile_and_recipe_shows_the_command_that_chooses_it():
     for profile in PROFILES:
         assert f"python train.py +hw={profile}" in (CONF / "hw" / f"{profile}.yaml").read_text()
-    for group in ("debug", "experiment", "hparams_search"):
+    for group in ("debug", "experiment", "hparams_search", "hydra/launcher"):
         for option in options(group):
             assert f"{group}={option}" in (CONF / group / f"{option}.yaml").read_text()

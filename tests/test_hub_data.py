@@ -41,10 +41,10 @@ def beaver(prompt: str, *harms: str) -> dict:
     return {"prompt": prompt, "response": "r", "category": {h: h in harms for h in HARMS}, "is_safe": not harms}
 
 
-def wild(prompt: str, harm: str | None, subcategory: str = "benign") -> dict:
+def wild(prompt: str, harm: str | None, subcategory: str = "benign", adversarial: bool = False) -> dict:
     return {
-        "prompt": prompt, "adversarial": False, "response": None, "prompt_harm_label": harm, "response_refusal_label": None,
-        "response_harm_label": None, "subcategory": subcategory,
+        "prompt": prompt, "adversarial": adversarial, "response": None, "prompt_harm_label": harm,
+        "response_refusal_label": None, "response_harm_label": None, "subcategory": subcategory,
     }  # fmt: skip
 
 
@@ -73,22 +73,25 @@ ROWS = {
     ],
     "wildguard": [
         wild("one", "harmful", "cyberattack"), wild("two", "harmful", "mental_health_over-reliance_crisis"),
-        wild("three", "unharmful"), wild("four", None),
+        wild("three", "unharmful"), wild("four", None), wild("wrapped one", "harmful", "cyberattack", adversarial=True),
+        wild("wrapped three", "unharmful", adversarial=True),
     ],
     "aegis": [
         aegis("one", "unsafe", "Violence, PII/Privacy"), aegis("two", "unsafe", "PII/Privacy"), aegis("three", "safe"),
         aegis("REDACTED", "unsafe", "Suicide and Self Harm"), aegis("four", "unsafe", "Suicide and Self Harm, Other"),
     ],
-    "toxicchat": [toxic("one, \"two\"\nthree", 1, 1), toxic("two", 0, 1), toxic("three", 0)],
+    "toxicchat": [
+        toxic("one, \"two\"\nthree", 1), toxic("three", 0), toxic("wrapped one", 1, 1), toxic("wrapped three", 0, 1),
+    ],
     "or_bench": [{"prompt": "one", "category": "violence"}],
     "or_bench_toxic": [{"prompt": "one", "category": "violence"}],
     "xstest": [xs("one", "contrast_homonyms"), xs("two", "homonyms")],
 }  # fmt: skip
 WANTED = {
     "beavertails": ({"one": REFUSE, "two": ESCALATE}, 2),
-    "wildguard": ({"one": REFUSE, "two": ESCALATE, "three": ALLOW}, 1),
+    "wildguard": ({"one": REFUSE, "two": ESCALATE, "three": ALLOW}, 3),
     "aegis": ({"one": REFUSE, "two": ESCALATE, "three": ALLOW, "four": ESCALATE}, 1),
-    "toxicchat": ({'one, "two"\nthree': REFUSE, "two": ESCALATE, "three": ALLOW}, 0),
+    "toxicchat": ({'one, "two"\nthree': REFUSE, "three": ALLOW}, 2),
     "or_bench": ({"one": ALLOW}, 0),
     "or_bench_toxic": ({"one": REFUSE}, 0),
     "xstest": ({"one": REFUSE, "two": ALLOW}, 0),
@@ -148,6 +151,18 @@ def test_the_columns_of_each_set_become_requests_and_labels(mix, tmp_path, name)
     assert all(r.task_output is None for r in loaded.records), "a set's answers are not read"
     dangerous = name in ("or_bench", "xstest")
     assert all(r.sounds_dangerous == (dangerous and r.safety_label is ALLOW) for r in loaded.records)
+
+
+def test_what_a_set_marks_as_a_jailbreak_is_left_out_and_counted(mix, tmp_path):
+    marks = {"wildguard": ("adversarial", True), "toxicchat": ("jailbreaking", 1)}
+    sources = {}
+    for name, (column, mark) in marks.items():
+        assert {row[column] == mark for row in ROWS[name]} == {True, False}
+        path = write(tmp_path / Path(mix[name].hub.files[0]).name, ROWS[name])
+        sources[name] = replace(mix[name], path=str(path))
+    loaded, _ = load_sources(sources, on_bad_row="error")
+    assert not [r for part in loaded.values() for r in part.records if "wrapped" in r.user_request]
+    assert {name: part.skipped for name, part in loaded.items()} == {"wildguard": 3, "toxicchat": 2}, "one has no label"
 
 
 def test_every_category_of_beavertails_has_a_label(mix, tmp_path):
@@ -291,6 +306,7 @@ def test_the_mix_trains_on_local_copies_and_holds_xstest_out(data_spec, tmp_path
     data.setup()
     seen = {r.source for part in (data.train, data.val, data.test) for r in part}
     assert seen == {"starter", "everyday", "stakes", "codes", *ROWS} - {"xstest"}
+    assert (data.skipped["wildguard"], data.skipped["toxicchat"]) == (3, 2)
     assert [(r.source, r.safety_label) for r in data.unseen] == [("xstest", ALLOW), ("xstest", REFUSE)]
 
 

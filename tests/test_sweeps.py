@@ -1,12 +1,15 @@
-"""Every sweep in conf/hparams_search: composed, valid, each job another variant; one is really run."""
+"""Every sweep in conf/hparams_search: composed, valid, each job another variant; one is really run. Launchers are composed."""
 
+import inspect
 import itertools
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf, open_dict
+from hydra.core.override_parser.types import Override
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from benchmarks import ablations
 from benchmarks.ablations import COMMON, VARIANTS
@@ -18,11 +21,16 @@ from tests.conftest import ROOT
 SWEEPS = sorted(p.stem for p in (ROOT / "conf/hparams_search").glob("*.yaml") if p.stem != "optuna")
 
 
+def parameters(name: str) -> list[Override]:
+    """What a sweep goes over."""
+    told = yaml.safe_load((ROOT / f"conf/hparams_search/{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in told.items()])
+
+
 def jobs(name: str) -> list[list[str]]:
     """The overrides of every job, as Hydra's own sweeper splits them."""
-    parameters = yaml.safe_load((ROOT / f"conf/hparams_search/{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
     axes = []
-    for override in OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in parameters.items()]):
+    for override in parameters(name):
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
         axes.append([f"{override.get_key_element()}={value}" for value in values])
     return [list(job) for job in itertools.product(*axes)]
@@ -40,6 +48,57 @@ def test_every_job_of_a_sweep_is_valid_and_no_two_are_the_same(name):
             seen.append(OmegaConf.to_yaml(config, resolve=True))
     assert len(seen) > 1
     assert len(set(seen)) == len(seen)
+
+
+# -- other launchers and sweepers, where they are installed --------------------------------------------------------------
+
+PLUGINS = {
+    "joblib": "hydra_joblib_launcher", "slurm": "hydra_submitit_launcher", "ray": "hydra_ray_launcher",
+    "ray_cluster": "hydra_ray_launcher",
+}  # fmt: skip
+
+
+def with_hydra(*overrides: str) -> DictConfig:
+    """A composed configuration, Hydra's own part included."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=["paths.output_dir=x", *overrides], return_hydra_config=True)
+
+
+def test_every_launcher_of_ours_is_composed_below():
+    assert {p.stem for p in (ROOT / "conf/hydra/launcher").glob("*.yaml")} <= PLUGINS.keys()
+
+
+@pytest.mark.parametrize("launcher", PLUGINS)
+def test_a_launcher_takes_what_its_configuration_says(launcher):
+    pytest.importorskip(f"hydra_plugins.{PLUGINS[launcher]}")
+    told = with_hydra(f"hydra/launcher={launcher}").hydra.launcher
+    assert type(instantiate(told)).__module__.startswith(f"hydra_plugins.{PLUGINS[launcher]}")
+
+
+def test_ray_takes_what_the_configuration_of_its_cluster_says():
+    ray = pytest.importorskip("ray")
+    told = with_hydra("hydra/launcher=ray_cluster").hydra.launcher.ray
+    assert set(told.init) <= set(inspect.signature(ray.init).parameters)
+    assert told.init.setdefault("object_store_memory", 1) is None, "as the launcher does"
+    ray.remote(**told.remote)(lambda: None)  # an option that it does not know is an error
+
+
+def test_optuna_takes_what_its_configuration_says():
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    config = with_hydra("hparams_search=optuna", "data=starter")
+    assert set(config.hydra.sweeper.params) == {override.key_or_group for override in parameters("optuna")}
+    instantiate(config.hydra.sweeper)
+
+
+def test_what_optuna_searches_is_valid_at_both_ends():
+    for override in parameters("optuna"):
+        assert override.is_interval_sweep(), override
+        for end in (override.value().start, override.value().end):
+            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+                validate(compose("train", overrides=[f"{override.key_or_group}={end}", "data=starter", "paths.output_dir=x"]))
+
+
+# -- what sweeps and ablations are compared with -------------------------------------------------------------------------
 
 
 def test_what_a_sweep_is_measured_against_is_the_default_run():
