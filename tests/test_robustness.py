@@ -54,9 +54,9 @@ def test_rates_are_counted_on_the_same_rows_before_and_after():
 def test_the_wrapping_that_fools_is_the_one_that_is_told(template):
     told = {one.name: one for one in measure(RECORDS, {}, fooled_by("simulation"), template)}
     assert list(told) == list(WRAPPINGS)
-    assert {name: one.false_allow[1].rate for name, one in told.items() if one.false_allow[1].rate} == {"role play": 1.0}
+    assert {name: one.false_allow[1].rate for name, one in told.items() if one.false_allow[1].rate} == {"unfiltered twin": 1.0}
     assert all(one.false_allow[0].rate == 0 for one in told.values())
-    assert told["role play"].changed.rate == 0.5
+    assert told["unfiltered twin"].changed.rate == 0.5
     assert told["history"].changed.rate == 0
 
 

@@ -142,7 +142,8 @@ def test_no_training_row_shares_three_rare_words_with_a_wrapping(requests_in_wor
     assert not [found & rare for found in requests_in_words if len(found & rare) > 2]
 
 
-def test_the_character_that_a_role_play_names_is_in_no_training_row(sources):
-    (character,) = set(re.findall(r"(?<=[a-z] )[A-Z][a-z]+", WRAPPINGS["role play"]("")))
+@pytest.mark.parametrize("name", ["role play", "unfiltered twin"])
+def test_the_character_that_a_role_play_names_is_in_no_training_row(sources, name):
+    (character,) = set(re.findall(r"(?<=[a-z] )[A-Z][a-z]+", WRAPPINGS[name]("")))
     told = [(r.user_request, r.context, r.task_output, r.safety_rationale) for r in sources[1]]
     assert not [row for row in told if character.casefold() in " ".join(filter(None, row)).casefold()]
