@@ -9,7 +9,6 @@ test rows is read. Writes `results/default_run.json`, part by part, from which `
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import random
@@ -32,7 +31,8 @@ from so8t.errors import SO8TError
 from so8t.evaluation import along_answers
 from so8t.files import write_json
 from so8t.labels import Label
-from so8t.run_folder import RunFolder, read_run
+from so8t.plots import read_metrics
+from so8t.run_folder import METRICS, RunFolder, read_run
 from so8t.training import data_of
 
 FILES = ("plain", "field")
@@ -59,9 +59,9 @@ def commit() -> str:
     return head.stdout.strip()
 
 
-def told(evaluation: dict[str, object]) -> object:
+def told(evaluation: dict[str, object]) -> dict[str, object]:
     """The part of an evaluation that is kept."""
-    return short({key: evaluation[key] for key in KEPT})
+    return {key: evaluation[key] for key in KEPT}
 
 
 def command(*words: object) -> str:
@@ -75,17 +75,13 @@ def command(*words: object) -> str:
 def invariants(run: Path) -> dict[str, dict[str, float]]:
     """The group's worst figure over all gates: at the first and the last step that were logged, and over all of them. Of the
     commutator the smallest."""
-    with (run / "csv" / "metrics.csv").open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items() if k.startswith("group/") and v} for row in csv.DictReader(file)]
-    rows = [row for row in rows if row]
-    kinds = {
-        name: {k for k in rows[0] if k.endswith(f"/{name}")}
-        for name in ("orthogonality", "determinant", "orthogonality_float32", "determinant_float32", "commutator", "angle")
-    }
+    series = read_metrics(run / METRICS)
     found = {}
-    for kind, keys in kinds.items():
-        worst = [(min if kind == "commutator" else max)(row[k] for k in keys) for row in rows]
-        found[kind] = {"first": worst[0], "last": worst[-1], "worst": (min if kind == "commutator" else max)(worst)}
+    for kind in ("orthogonality", "determinant", "orthogonality_float32", "determinant_float32", "commutator", "angle"):
+        pick = min if kind == "commutator" else max
+        gates = [points for name, points in series.items() if name.startswith("group/") and name.endswith(f"/{kind}")]
+        worst = [pick(value for _, value in step) for step in zip(*gates, strict=True)]
+        found[kind] = {"first": worst[0], "last": worst[-1], "worst": pick(worst)}
     return found
 
 
@@ -123,8 +119,7 @@ def answers(run: Path, rows: int) -> dict[str, object]:
 
 def measured(run: Path, *, robustness: int, answered: int, kept: dict[str, object]) -> Iterator[tuple[str, object]]:
     """Part by part, what is not `kept`."""
-    config = OmegaConf.load(run / "config.yaml")
-    yield "run", {"name": run.name, "commit": commit(), "machine": machine(), "settings": {k: config[k] for k in ("seed",)}}
+    yield "run", {"name": run.name, "commit": commit(), "machine": machine(), "seed": OmegaConf.load(run / "config.yaml").seed}
     for part in ("test", "unseen"):
         yield part, told(json.loads((run / f"{part}.json").read_text(encoding="utf-8")))
     yield "group", invariants(run)

@@ -15,7 +15,9 @@ from rich.console import Console
 from benchmarks.gates import RESULTS, ROOT
 from so8t.console import reported
 from so8t.errors import SO8TError
+from so8t.evaluation import ALONG
 from so8t.files import write_text
+from so8t.intervals import Interval, number
 
 README = ROOT / "README.md"
 PLACE = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- / -->", re.DOTALL)
@@ -37,12 +39,6 @@ SCORES: dict[str, tuple[str, Best]] = {
     "auprc_not_allow": ("AUPRC", max),
     "aurc": ("AURC", min),
     "ece": ("ECE", min),
-}
-ALONG = {
-    "detected": ("risky rows detected by the end", 3),
-    "time_to_detection": ("tokens until then", 1),
-    "decision_changes": ("changes a row", 2),
-    "false_alarms_per_1000_tokens": ("false alarms in 1,000 tokens of ALLOW rows", 0),
 }
 NAMED = {"test": "mixed split", "unseen": "unseen source", "field": "field.jsonl", "plain": "plain.jsonl"}
 OUTSIDERS = {
@@ -99,13 +95,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(figure: float | None, interval: Sequence[float] | None = None, *, bold: bool = False, digits: int = 3) -> str:
+def cell(figure: float | None, interval: Interval | None = None, *, bold: bool = False) -> str:
     """`0.818 [0.80, 0.84]`; a figure that cannot be told is a dash."""
-    if figure is None:
-        return "-"
-    text = f"**{figure:.{digits}f}**" if bold else f"{figure:.{digits}f}"
-    less = max(digits - 1, 0)
-    return text if interval is None else f"{text} [{interval[0]:.{less}f}, {interval[1]:.{less}f}]"
+    told, *between = number(figure, None if figure is None else interval).split(" ", 1)
+    return " ".join([f"**{told}**" if bold else told, *between])
 
 
 def read(name: str) -> Json:
@@ -113,7 +106,7 @@ def read(name: str) -> Json:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def best_in_bold(values: Sequence[float | None], intervals: Sequence[Sequence[float] | None], best: Best) -> list[str]:
+def best_in_bold(values: Sequence[float | None], intervals: Sequence[Interval | None], best: Best) -> list[str]:
     """One figure of each classifier; what is best, as far as is shown, in bold."""
     shown = ["" if value is None else f"{value:.3f}" for value in values]
     told = [value for value in values if value is not None]
@@ -173,11 +166,11 @@ def along() -> str:
     rows = []
     for part, name in NAMED.items():
         intervals = run[part]["intervals_95"]["all"]["SO8T"]
-        rows.append([name, *(cell(run[part]["metrics"][k], intervals[k], digits=d) for k, (_, d) in ALONG.items())])
+        rows.append([name, *(number(run[part]["metrics"][k], intervals[k], digits=d) for k, _, d in ALONG)])
     answers = run["answers"]
     counted = f"answers ({answers['allow_rows']:.0f} of ALLOW rows, {answers['risky_rows']:.0f} risky ones)"
-    rows.append([counted, *(cell(answers[k], answers["intervals_95"][k], digits=d) for k, (_, d) in ALONG.items())])
-    return table(["along", *(name for name, _ in ALONG.values())], rows)
+    rows.append([counted, *(number(answers[k], answers["intervals_95"][k], digits=d) for k, _, d in ALONG)])
+    return table(["along", *(name for _, name, _ in ALONG)], rows)
 
 
 def group() -> str:
@@ -245,7 +238,7 @@ def ablations() -> str:
                 ["**at large steps**", *spread, *(f"{figures[k]['mean']:.{d}f}" for k, (_, d) in ABLATED_ALONG.items())]
             )
             continue
-        line = [VARIANTS[variant["name"]]]
+        line = [VARIANTS.get(variant["name"], variant["name"])]
         for k in ABLATED:
             gain, (low, high) = f"{figures[k]['gain']:+.3f}", figures[k]["gain_95"]
             line.append(f"{f'**{gain}**' if low > 0 or high < 0 else gain} [{low:.3f}, {high:.3f}]")

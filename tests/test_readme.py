@@ -1,5 +1,7 @@
 """README: its tables say what the committed results say."""
 
+import re
+
 from benchmarks.readme_tables import README, cell, rewritten
 from tests.conftest import ROOT
 
@@ -15,7 +17,5 @@ def test_a_figure_is_told_with_its_interval_and_one_that_cannot_be_told_is_a_das
 
 
 def test_every_picture_and_file_that_readme_links_is_there():
-    import re
-
     for link in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
         assert (ROOT / link).exists(), link
