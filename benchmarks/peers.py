@@ -41,7 +41,7 @@ from so8t.data.datamodule import Batch
 from so8t.errors import ConfigError
 from so8t.files import write_json
 from so8t.lightning_module import SO8TModule
-from so8t.memory import GIB, longest_batch
+from so8t.memory import GIB, longest_batch, runs_suffix_again
 from so8t.model import SO8TModel
 from so8t.shapes import NAMED, base_config
 from so8t.training import device_of, load_data
@@ -116,7 +116,7 @@ def shaped(peer: Peer, config: Config, device: torch.device) -> SO8TModule:
     base = blank_base(
         config.base, shape, cut=cut, device=device, on_gpu=device.type == "cuda", with_head=False, linear=random_linear
     )
-    base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
+    base.checkpoint_suffix = runs_suffix_again(config)
     model = SO8TModel(base, config.gate, config.head)
     kind = SO8TModule if peer.adapter is None else AdaptedModule
     cache = PrefixCache(base, memory_gib=4.0 if peer.cached else 0.0, keep=model.below)

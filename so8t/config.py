@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -41,13 +41,14 @@ Node = dict[str, Any]
 
 @spec
 class HwSpec:
-    """A hardware profile: `+hw=rtx3060` and others. `memory_budget_gib` is what a run may use of the card."""
+    """A hardware profile: `+hw=rtx3060` and others. `memory_budget_gib` is what a run may use of the card; with
+    `checkpoint_suffix` the layers above the cut run again in the backward pass, `auto` where nothing fits without."""
 
     name: str
     accelerator: str
     memory_gib: Positive
     memory_budget_gib: Positive
-    checkpoint_suffix: bool = False
+    checkpoint_suffix: bool | Literal["auto"] = False
 
 
 @spec

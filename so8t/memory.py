@@ -53,11 +53,13 @@ PARTS = {
 @dataclass(frozen=True)
 class Plan:
     """Predicted peaks. `phases` has the parts (GiB) at the peak of a training step and of a validation batch; `budget_gib`
-    is what a run may use of a card of `card_gib`, `None` where nothing says so."""
+    is what a run may use of a card of `card_gib`, `None` where nothing says so; `checkpointed` says whether the layers above
+    the cut run again in the backward pass."""
 
     phases: dict[str, dict[str, float]]
     budget_gib: float | None
     card_gib: float | None
+    checkpointed: bool = False
 
     @property
     def phase(self) -> str:
@@ -100,13 +102,34 @@ def plan(config: Config, *, card_gib: float | None = None) -> Plan:
     Raises:
         BaseModelError: the base's configuration cannot be had, or its layers do not reach for `gate.top_layers`.
     """
+    config = settled(config, card_gib=card_gib)
     peaks = _peaks(config, on_gpu=runs_on_gpu(config))
     limits = [limit for limit in (config.hw.memory_budget_gib if config.hw else None, card_gib) if limit is not None]
     return Plan(
         phases={phase: {part: parts.get(part, 0) / GIB for part in PARTS} for phase, parts in peaks.items()},
         budget_gib=min(limits, default=None),
         card_gib=config.hw.memory_gib if config.hw else card_gib,
+        checkpointed=runs_suffix_again(config),
     )
+
+
+def settled(config: Config, *, card_gib: float | None = None) -> Config:
+    """With `hw.checkpoint_suffix=auto` what the plan says of it: a second forward pass of the layers above the cut is paid for
+    only where the longest step does not fit without one. Other configurations are given back as they are.
+
+    Raises:
+        BaseModelError: as `plan`.
+    """
+    if config.hw is None or config.hw.checkpoint_suffix != "auto":
+        return config
+    kept, again = (replace(config, hw=replace(config.hw, checkpoint_suffix=value)) for value in (False, True))
+    return kept if plan(kept, card_gib=card_gib).fits else again
+
+
+def runs_suffix_again(config: Config) -> bool:
+    """Whether a run of this configuration keeps no activations above the cut."""
+    hw = settled(config).hw
+    return hw is not None and bool(hw.checkpoint_suffix)
 
 
 def _peaks(config: Config, *, on_gpu: bool) -> dict[str, dict[str, int]]:
@@ -191,7 +214,7 @@ def _shortened(config: Config, shape: PreTrainedConfig) -> tuple[Config, PreTrai
 
 def module_of(config: Config, base: SplitBase) -> SO8TModule:
     """Model and loss as `so8t.training` makes them."""
-    base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
+    base.checkpoint_suffix = runs_suffix_again(config)
     model = SO8TModel(base, config.gate, config.head)
     return SO8TModule(model, config.loss, config.pet, config.optim, class_counts=(1, 1, 1))
 

@@ -35,6 +35,11 @@ def verdict(planned: Plan) -> str:
     return f"{'fits' if planned.fits else 'does not fit'}: {needs}; the budget is {planned.budget_gib:g} GiB{card}"
 
 
+def above_the_cut(planned: Plan) -> str:
+    """What is paid for activations there: memory, or a second forward pass."""
+    return f"activations above the cut are {'computed again' if planned.checkpointed else 'kept'} for the backward pass"
+
+
 def by_part(planned: Plan) -> list[list[str]]:
     """A row a part that is there, with its size at the peak of each phase; their sums are the last row."""
     rows = [
@@ -59,6 +64,7 @@ def print_plan(config: Config, planned: Plan, found: list[Remedy], console: Cons
     console.print(table)
     colour = {True: "green", False: "red", None: "yellow"}[planned.fits]
     console.print(f"[bold {colour}]{verdict(planned)}[/]")
+    console.print(above_the_cut(planned))
     for line in advice(planned, found):
         console.print(line)
 
@@ -80,6 +86,7 @@ def as_json(planned: Plan, found: list[Remedy]) -> dict[str, Any]:
         "fits": planned.fits,
         "parts": planned.parts,
         "phase": planned.phase,
+        "checkpointed": planned.checkpointed,
         "phases": {phase: sum(parts.values()) for phase, parts in planned.phases.items()},
         "margin": MARGIN,
         "budget_gib": planned.budget_gib,

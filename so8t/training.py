@@ -41,9 +41,9 @@ from so8t.fused import fused_rotations
 from so8t.intervals import conformal_quantile
 from so8t.labels import LABELS, Label
 from so8t.lightning_module import SO8TModule
-from so8t.memory import GIB, plan
+from so8t.memory import GIB, plan, runs_suffix_again, settled
 from so8t.model import SO8TModel
-from so8t.plan_view import advice, subject, verdict
+from so8t.plan_view import above_the_cut, advice, subject, verdict
 from so8t.plots import plot_confusion, plot_group, plot_losses, read_metrics
 from so8t.rationale_training import learn
 from so8t.remedies import remedies
@@ -73,6 +73,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     if device_of(config).type == "cuda":
         cap_memory(config, device_of(config))
         free, _ = torch.cuda.mem_get_info(device_of(config))
+        config = settled(config, card_gib=free / GIB)
         console.print(check_memory(config, card_gib=free / GIB))
     callbacks, loggers, trainer = made(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -184,7 +185,7 @@ def check_memory(config: Config, *, card_gib: float) -> str:
         found = remedies(config, planned, card_gib=card_gib)
         lines = [f"{subject(config)} {verdict(planned)}, {card_gib:.2f} GiB are free now", *advice(planned, found)]
         raise HardwareError("\n".join(lines))
-    return f"planned: {verdict(planned)}"
+    return f"planned: {verdict(planned)}; {above_the_cut(planned)}"
 
 
 def cap_memory(config: Config, device: torch.device) -> None:
@@ -227,7 +228,7 @@ def build(config: Config, data: SafetyData, kind: type[SO8TModule] = SO8TModule)
     prompts = TemplateSpec(config.data.max_length, config.data.system_prompt, config.data.decision_prompt)
     start = None if run is None else adapter_to_start_from(Path(run), config.gate, config.head, prompts)
     base = load_base(config.base, cut=config.gate.top_layers, device=device_of(config), with_head=with_head)
-    base.checkpoint_suffix = config.hw is not None and config.hw.checkpoint_suffix
+    base.checkpoint_suffix = runs_suffix_again(config)
     data.use_tokenizer(base.tokenizer)
     model = SO8TModel(base, config.gate, config.head)
     model.prompts_open_with(data.template.before)

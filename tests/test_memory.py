@@ -104,6 +104,28 @@ def test_checkpointing_lowers_the_activations():
     assert on.parts["weights_4bit"] == off.parts["weights_4bit"]
 
 
+def test_checkpoints_are_paid_for_only_where_the_plan_does_not_fit_without():
+    settings = (*CARD, "loss.task_weight=0")
+    on, off, auto = (planned(*settings, f"hw.checkpoint_suffix={value}") for value in ("true", "false", "auto"))
+    assert (on.checkpointed, off.checkpointed) == (True, False)
+    assert auto == off, "it fits without"
+    between = (on.needed_gib + off.needed_gib) / 2
+    tight = config(*settings, "hw.checkpoint_suffix=auto", f"hw.memory_budget_gib={between}")
+    assert plan(tight).checkpointed
+    assert plan(tight) == plan(replace(tight, hw=replace(tight.hw, checkpoint_suffix=True)))
+    roomy = config(*settings, "hw.checkpoint_suffix=auto")
+    assert plan(roomy, card_gib=between).checkpointed, "what is free on the card counts, too"
+
+
+@pytest.mark.parametrize(("budget", "again"), [(8.0, False), (1e-3, True)])
+def test_a_run_takes_what_the_plan_says_of_checkpoints(budget, again, make_config):
+    overrides = ("+hw=rtx4090", "base=tiny", "data=starter", "gate.top_layers=2", "trainer.accelerator=cpu")
+    settings = validate(make_config(*overrides, f"hw.memory_budget_gib={budget}"))
+    assert settings.hw.checkpoint_suffix == "auto"
+    module = training.build(settings, training.load_data(settings))
+    assert module.model.base.checkpoint_suffix is again
+
+
 def test_without_the_task_loss_there_are_no_logits_and_on_a_gpu_no_lm_head():
     with_task, without = planned(*CARD), planned(*CARD, "loss.task_weight=0")
     assert with_task.phases["training step"]["logits"] > 0
