@@ -60,7 +60,7 @@ def test_no_code_or_opening_is_one_that_robustness_is_tested_with(wrapping):
 
 
 def test_training_rows_alone_are_joined_by_coded_ones_unless_nothing_is_to_be_escalated(tmp_path):
-    few = ("data=starter", *(f"++data.sources.{name}.max_rows=300" for name in ("starter", "everyday", "stakes")))
+    few = ("data=starter", *(f"++data.sources.{name}.max_rows=300" for name in ("starter", "everyday", "stakes", "detailed")))
 
     def loaded(*overrides):
         return load_data(validate(composed(*few, *overrides, output_dir=tmp_path / str(len(overrides)))))

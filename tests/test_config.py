@@ -427,7 +427,13 @@ def test_what_a_finished_run_says_is_read_though_a_new_one_would_be_refused(make
         (("gate.triality=true", "gate.map=cayley"), r"needs gate\.map=exp: cayley does not"),
         (("head.reads=[3,last]",), r"head\.reads.*3.*less than or equal to 1"),
         (
-            ("data=starter", "~data.sources.starter", "~data.sources.everyday", "~data.sources.stakes"),
+            (
+                "data=starter",
+                "~data.sources.starter",
+                "~data.sources.everyday",
+                "~data.sources.stakes",
+                "~data.sources.detailed",
+            ),
             r"data\.sources is empty",
         ),
         (("head.reads=[]",), r"head\.reads is empty"),

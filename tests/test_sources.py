@@ -333,7 +333,13 @@ def test_without_network_and_cache_what_is_shipped_remains_and_it_says_so(index,
     held = set(spec.holdout_sources)
     data = SafetyData(replace(spec, holdout_sources=()), seed=0)
     data.setup()
-    assert {r.source for part in (data.train, data.val, data.test) for r in part} == {"starter", "everyday", "stakes", "codes"}
+    assert {r.source for part in (data.train, data.val, data.test) for r in part} == {
+        "starter",
+        "everyday",
+        "stakes",
+        "detailed",
+        "codes",
+    }
     public = [name for name, s in spec.sources.items() if s.kind == "wheel" and s.weight]
     assert len(public) >= 5
     assert len(data.missing) == len(public)

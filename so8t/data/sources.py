@@ -24,7 +24,7 @@ from so8t.specs import NotNegative, PositiveInt, spec
 log = logging.getLogger(__name__)
 
 LabelOrSkip = Literal["ALLOW", "ESCALATE", "REFUSE", "SKIP"]
-Shipped = Literal["starter", "everyday", "stakes"]
+Shipped = Literal["starter", "everyday", "stakes", "detailed"]
 """Sets that were written for this project and lie beside this file, a folder each."""
 
 
@@ -73,9 +73,9 @@ class HubSpec:
 
 @spec
 class SourceSpec:
-    """One source. `kind=starter`, `everyday` and `stakes` need nothing else; `kind=wheel` needs `wheel`, `members`,
-    `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and `rules`, and reads `path` instead of the hub's files where
-    it is set; `kind=file` needs `path`.
+    """One source. `kind=starter`, `everyday`, `stakes` and `detailed` need nothing else; `kind=wheel` needs `wheel`,
+    `members`, `format`, `text` and `rules`; `kind=hub` needs `hub`, `text` and `rules`, and reads `path` instead of the hub's
+    files where it is set; `kind=file` needs `path`.
 
     `text` names the field of the request, `turns.0` reaches into lists; `weight` multiplies the loss of its rows (0 leaves
     the source out); `max_rows` draws that many of them; `test_only` ones may not be trained on.
