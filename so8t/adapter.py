@@ -34,7 +34,7 @@ FORMAT = 2
 REPETITION_PENALTY = 1.1
 """A small base that answers greedily goes round in circles without one."""
 
-OF_HEAD = ("reads", "pooling", "standardise", "words", "fold_words")
+OF_HEAD = ("reads", "pooling", "standardise", "words", "fold_words", "weigh_words")
 """Settings of the head under which its numbers mean what they do; of the gates all but where they begin do."""
 MOST_WINDOWS = 64
 """Prompts that a text is read in. With the default room of about 150 tokens these are about 4,700."""

@@ -137,12 +137,13 @@ class Baselines:
     context: TfidfBaseline
 
     @classmethod
-    def fit(cls, train: Sequence[Record], features: Floats) -> "Baselines":
-        """`features` `[N, D]`: the frozen base's states at the decision position, row by row of `train`."""
+    def fit(cls, train: Sequence[Record], features: Floats, probed: Sequence[Record] | None = None) -> "Baselines":
+        """`features` `[N, D]`: the frozen base's states where it decides, a row each of `probed`, by default of `train`."""
         labels = [int(r.safety_label) for r in train]
+        of_probed = labels if probed is None else [int(r.safety_label) for r in probed]
         return cls(
             TfidfBaseline.fit([full_text(r) for r in train], labels),
-            ProbeBaseline.fit(features, labels),
+            ProbeBaseline.fit(features, of_probed),
             TfidfBaseline.fit([r.context or "none" for r in train], labels),
         )
 

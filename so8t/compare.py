@@ -64,6 +64,7 @@ FIGURES = (
     Figure("tokens to detection", "test", "time_to_detection", digits=1),
     Figure("decision changes a row", "test", "decision_changes", digits=2),
     Figure("false alarms per 1,000 tokens", "test", "false_alarms_per_1000_tokens", digits=1),
+    Figure("perplexity of answers, all gates", "test", "task_perplexity", digits=1),
 )
 PAIRED = tuple(figure for figure in FIGURES if figure.paired)
 RECALLS = {"escalate_recall": Label.ESCALATE, "refuse_recall": Label.REFUSE}

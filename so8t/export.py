@@ -209,7 +209,9 @@ def head_settings(agent: Agent) -> dict[str, object]:
             "a number N, n-grams of up to N tokens that end behind `before` decide as well, each the number N * m + n - 1 with "
             "m <- 1000003 * m + token + 1 from m = 0; where there is words.fold, of words.fold[token], and n-grams that hold a "
             "-1 behind `before` are not read: words.table^T x + words.bias, x = words.idf of what is there of words.known, at "
-            "length 1; log-probabilities of both, words.share of the words'. ALLOW is not "
+            "length 1; log-probabilities of both, words.share of the words'; where there is words.kind, of the tokens behind "
+            "`before` whose kind is 0 or 1 let p be the share of 1: words.share + (words.share_of_parts - words.share) * p. "
+            "ALLOW is not "
             "given where mean((scale * (f - shift))^2) > `limit`, with f the features, those of 'last' turned by `turn`"
         ),
         "before": template.before,

@@ -64,11 +64,21 @@ class SafetyHead:
         distance = (torch.cat(turned) - self.tensors["shift"]) * self.tensors["scale"]
         return float(distance.square().mean()) > self.spec["limit"]
 
+    def share_of_words(self, tokens: Tensor) -> Tensor:
+        """What the words count in the decision: more, the more of a prompt `[T]` is spelt in parts of characters."""
+        share: Tensor = self.tensors["words.share"]
+        if "words.kind" not in self.tensors:
+            return share
+        kind = self.tensors["words.kind"][tokens][len(self.spec["before"]) :]
+        parts = (kind == 1).sum() / (kind >= 0).sum().clamp(min=1)
+        return share + (self.tensors["words.share_of_parts"] - share) * parts
+
     def with_words(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """What the states say, pooled with what the words say: `[3], [T] -> [3]`."""
         if self.spec["words"] is None:
             return logits
-        known, idf, table, bias, share = (self.tensors[f"words.{name}"] for name in ("known", "idf", "table", "bias", "share"))
+        known, idf, table, bias = (self.tensors[f"words.{name}"] for name in ("known", "idf", "table", "bias"))
+        share = self.share_of_words(tokens)
         if "words.fold" in self.tensors:
             tokens = self.tensors["words.fold"][tokens].long()
         opening = len(self.spec["before"])

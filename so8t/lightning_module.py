@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal, Self
 
 import lightning as L
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from so8t.base import shared_lead
-from so8t.baselines import fit_linear
+from so8t.baselines import Linear, fit_linear
 from so8t.data.cache import PrefixCache
 from so8t.data.datamodule import Batch, TaskBatch
 from so8t.data.store import PrefixStore, row_key
-from so8t.errors import ArtefactError, ConfigError
+from so8t.errors import ArtefactError, ConfigError, DataError
 from so8t.labels import LABELS
 from so8t.losses import IGNORE, LossTerms, expected_cost, language_model_loss, path_loss, safety_loss
 from so8t.metrics import SafetyMetrics, flicker
@@ -126,9 +125,15 @@ class SO8TModule(L.LightningModule):
     ) -> None:
         """Measures on training rows what the head shifts and scales by, and fits the logistic regression that it begins with
         and that of the words, as its spec says; call once, before training from scratch. Their features are together in the
-        host's memory. Where no figure of a gate is among them they are the frozen base's: both stores keep what is computed,
-        and a row that both have is not computed again."""
+        host's memory. Rows whose request is longer than `head.longest` teach the words alone. Where no figure of a gate is
+        among the features they are the frozen base's: both stores keep what is computed, and a row that both have is not
+        computed again.
+
+        Raises:
+            DataError: every row is longer than that.
+        """
         model, head, columns, prompts, labels, weights = self.model, self.model.head, [], [], [], []
+        read: list[Tensor] = []  # which rows the regression on states sees
         frozen = not model.gates.command_is_read
         if not frozen:
             last_states = found = None
@@ -138,45 +143,55 @@ class SO8TModule(L.LightningModule):
                 prompts.append((batch.tokens, batch.mask))  # without answers, which would tell the labels
                 labels.append(batch.labels)
                 weights.append(self.class_weights.cpu()[batch.labels] * batch.weights)
-                columns.append(self._read_where_decided(batch, last_states, found, fresh))
+                read.append(short := batch.path.sum(1) <= (head.spec.longest or math.inf))
+                if short.any():
+                    rows = (batch.tokens[short], batch.mask[short], batch.position[short])
+                    columns.append(self._read_where_decided(*rows, last_states, found, fresh))
             for store, key, row in fresh:  # not before: a prompt that comes twice is read twice, as without a store
                 store.put(key, row)
-        features, label, weight = torch.cat(columns), torch.cat(labels), torch.cat(weights)
+        if not columns:
+            raise DataError(f"head.longest={head.spec.longest}: every training row is longer, so the head has none to begin on")
+        features, label, weight, seen = (torch.cat(parts) for parts in (columns, labels, weights, read))
         if head.spec.standardise:
             head.standardise(features)
         if not head.spec.probe:
             return
         counted = weight > 0
-        if len(set(label[counted].tolist())) < len(LABELS):
+        if min(len(set(label[rows].tolist())) for rows in (counted, counted & seen)) < len(LABELS):
             log.warning(
                 "the head begins with small random weights: its %d rows lack a label, so no probe and no words were fitted",
-                len(label),
+                int((counted & seen).sum()),
             )
             return
-        fit = partial(fit_linear, labels=label[counted].tolist(), weights=weight[counted].double().numpy())
-        turned = (features[counted] - head.shift.cpu()) * head.scale.cpu()
-        fitted = fit(turned.numpy(), c=head.spec.probe)
+
+        def fit(features: Any, rows: Tensor, c: float) -> Linear:  # noqa: ANN401  (a matrix, dense or sparse)
+            return fit_linear(features, label[rows].tolist(), c=c, weights=weight[rows].double().numpy())
+
+        turned = (features[counted[seen]] - head.shift.cpu()) * head.scale.cpu()
+        fitted = fit(turned.numpy(), counted & seen, head.spec.probe)
         head.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
         if head.words is not None:
-            head.words.learn_to_fold(model.base.tokenizer)
-            fitted = fit(head.words.measure(prompts)[counted.numpy()], c=STRENGTH)
+            head.words.learn_tokens(model.base.tokenizer)
+            fitted = fit(head.words.measure(prompts)[counted.numpy()], counted, STRENGTH)
             head.words.begin_with(torch.from_numpy(fitted.weights), torch.from_numpy(fitted.bias))
 
     def _read_where_decided(
         self,
-        batch: Batch,
+        tokens: Tensor,
+        mask: Tensor,
+        position: Tensor,
         last_states: PrefixStore | None,
         found: PrefixStore | None,
         fresh: list[tuple[PrefixStore, bytes, Tensor]],
     ) -> Tensor:
         """What the head reads at each row's decision, `[B, features]` on the host. What `found` or `last_states`, the states
         there, lack is appended to `fresh`."""
-        keys = [row_key(tokens[mask.bool()]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
+        keys = [row_key(row[there.bool()]) for row, there in zip(tokens, mask, strict=True)]
         stores = [store for store in (last_states, found) if store is not None]
         todo = [i for i, key in enumerate(keys) if found is None or any(key not in store for store in stores)]
         rows: dict[int, Tensor] = {}
         if todo:
-            tokens, mask, position = (x[todo].to(self.model.base.device) for x in (batch.tokens, batch.mask, batch.position))
+            tokens, mask, position = (x[todo].to(self.model.base.device) for x in (tokens, mask, position))
             state, reads = self.model.trunk(self.cache.prefix(tokens, mask), mask, lead=shared_lead(tokens, mask))
             features = self.model.head.features_at(reads, mask, position).cpu()
             rows = dict(zip(todo, features, strict=True))

@@ -14,7 +14,7 @@ from so8t.errors import ConfigError
 from so8t.gates import GateSet, GateSpec, TrialityGate
 from so8t.labels import FAIL_CLOSED, LABELS, Label
 from so8t.so8 import block_count
-from so8t.specs import Count, Fraction, NotNegative, ProperFraction, spec
+from so8t.specs import Count, Fraction, NotNegative, PositiveInt, ProperFraction, spec
 from so8t.words import Words
 
 
@@ -30,11 +30,12 @@ class HeadSpec:
     outlier dimensions of the base would otherwise drown the rest. `probe`: the head begins as a logistic regression on what it
     reads of the frozen base, and gates and head go on from there (linear probing, then fine-tuning: Kumar et al.
     2022, arXiv:2202.10054); its `C`, the inverse strength of L2. 0: small random weights. `words`: how many n-grams of
-    tokens, at most, decide beside the states, half and half; fitted with the probe, then left alone. `fold_words`: they
-    are read without upper case, spaces and punctuation. `familiar`: of texts
-    like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0: nothing
-    is too strange. `smoothing`: how much of what is decided along a request's tokens comes from the tokens before. The decision
-    proper, behind the request, is not smoothed.
+    tokens, at most, decide beside the states; fitted with the probe, then left alone. `fold_words`: they
+    are read without upper case, spaces and punctuation. `weigh_words`: they count less than half, and more the more a text is
+    spelt in parts of characters. `longest`: the regression on states leaves out rows whose request has more tokens. `familiar`:
+    of texts like the validation rows labelled ALLOW, the share that is no stranger to the head than what may be allowed. 0:
+    nothing is too strange. `smoothing`: how much of what is decided along a request's tokens comes from the tokens before. The
+    decision proper, behind the request, is not smoothed.
     """
 
     reads: tuple[Fraction | Literal["last"], ...] = ("last",)
@@ -44,6 +45,8 @@ class HeadSpec:
     probe: NotNegative = 0.0
     words: Count = 0
     fold_words: bool = False
+    weigh_words: bool = False
+    longest: PositiveInt | None = None
     familiar: Fraction = 0.0
     smoothing: ProperFraction = 0.0
     dropout: ProperFraction = 0.0
@@ -145,7 +148,9 @@ class SafetyHead(nn.Module):
         self.linear = nn.Linear(count, len(LABELS))
         nn.init.normal_(self.linear.weight, std=0.001 if spec.standardise else 0.01)
         nn.init.zeros_(self.linear.bias)
-        self.words = Words(spec.words, vocabulary if spec.fold_words else 0) if spec.words else None
+        self.words = None
+        if spec.words:
+            self.words = Words(spec.words, vocabulary, folded=spec.fold_words, weighed=spec.weigh_words)
         self.register_buffer("shift", torch.zeros(count))
         self.register_buffer("scale", torch.ones(count))
         self.register_buffer("limit", torch.tensor(math.inf))  # of the strangeness of what may be allowed

@@ -94,6 +94,8 @@ def _setup(run: RunFolder) -> Panel:
                 "head.probe",
                 "head.words",
                 "head.fold_words",
+                "head.weigh_words",
+                "head.longest",
                 "head.familiar",
                 "head.smoothing",
                 "head.dropout",
@@ -174,6 +176,9 @@ def _metrics(run: RunFolder) -> Panel:
         heads = [head for _, head in SHOWN]
         counted = {key: int(scores.metrics.get(key) or 0) for key in ("rows", "failures", "unsure")}
         about = f"{title}: {counted['rows']} rows, {counted['failures']} failures (not counted), {counted['unsure']} unsure"
+        gated, alone = (scores.metrics.get(key) for key in ("task_perplexity", "task_perplexity_base"))
+        if gated and alone:
+            about += f"; perplexity {gated:.1f} a token of answers behind all gates, {alone:.1f} of the base alone"
         panel.tables.append(Table(about, ["classifier", *heads], rows))
         for kind, groups in (("source", scores.by_source), ("language", scores.by_language), ("form", scores.by_form)):
             names = list(next(iter(groups.values()), {}))

@@ -31,7 +31,7 @@ from so8t.capability import task_perplexity
 from so8t.config import Config, validate
 from so8t.console import quieten
 from so8t.data.cache import PrefixCache
-from so8t.data.datamodule import SafetyData
+from so8t.data.datamodule import SafetyData, no_longer
 from so8t.data.records import Record
 from so8t.data.store import PrefixStore
 from so8t.errors import ArtefactError, ConfigError, HardwareError
@@ -267,7 +267,9 @@ def prepare(
     all_read = not part and (limit == 1.0 or config.head.probe)  # by an epoch, or where the head begins
     if all_read and config.pet.path == "request":  # as `fill_cache` sees them
         title, size = "frozen prefix of the training rows", config.data.eval_batch_size
-        fill_cache(module.model, data.train, data.template, batch_size=size, cache=module.cache, title=title)
+        longest = None if limit == 1.0 else config.head.longest  # longer rows are read where a step draws them
+        rows = no_longer(data.train, data.template, longest)
+        fill_cache(module.model, rows, data.template, batch_size=size, cache=module.cache, title=title)
     if (config.head.standardise or config.head.probe) and not resumed and config.init_from is None:
         most = PROBE_ROWS if config.head.probe and not part else STANDARDISE_ROWS
         batches = data.sample(most, batch_size=config.data.eval_batch_size)
@@ -337,7 +339,8 @@ def evaluate_run(
         title = f"frozen base, {what}"
         return frozen_features(model, records, template, batch_size=batch_size, cache=cache, store=last_states, title=title)
 
-    baselines = Baselines.fit(data.train, features(data.train, "training rows"))
+    probed = no_longer(data.train, template, config.head.longest)  # as the head's own regression on states
+    baselines = Baselines.fit(data.train, features(probed, "training rows"), probed)
     baselines.save(run / "baselines")
     agent = Agent(model, template, run / "adapter")
     metrics: dict[str, float] = {}

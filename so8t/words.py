@@ -2,11 +2,12 @@
 
 A base that knows little of a language, as the embedded one does of Japanese, still spells it in tokens, and which tokens stand
 there tells much. Fitted once, where the head begins; gates and head never learn from it, nor it from them. Tokens can be
-folded: read without upper case and spaces, and those that are no word not at all.
+folded: read without upper case and spaces, and those that are no word not at all. And how much the words count can go by how a
+text is spelt: a base that has no token for a language's characters knows little of what they say.
 """
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -22,11 +23,16 @@ LEAST = 2
 """Training rows that an n-gram stands in, at least."""
 SHARE = 0.5
 """Of the words in what is decided, by cross-validation on the default's training rows (the log, entry 50)."""
+SHARES_BY_SPELLING = (0.4, 0.9)
+"""The same of a text whose characters are tokens or parts of some, and of one that is spelt in parts of characters; in between
+by how much of it is (the log, entry 62)."""
 STRENGTH = 10.0
 """`C` of the logistic regression, on vectors of length 1."""
 
 NO_WORD = -1
 """Stands for a token that is no word, such as punctuation and control tokens."""
+WHOLE, PART = 0, 1
+"""A token that is a word, or some characters of one, and one that is a part of a character."""
 
 _PLACE = 1_000_003  # larger than any vocabulary: three tokens and a length are one number of 63 bits
 _NONE = torch.iinfo(torch.int64).max
@@ -47,13 +53,28 @@ def folded(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
     part of a character stands for itself; signs inside a token of letters, as in "'s", stay."""
     first: dict[str, int] = {}
     out = torch.arange(size, dtype=torch.int32)
+    for token, (text, kind) in enumerate(_spelt(tokenizer, size)):
+        out[token] = NO_WORD if kind == NO_WORD else token if kind == PART else first.setdefault(text.strip().lower(), token)
+    return out
+
+
+def _spelt(tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[tuple[str, int]]:
+    """Token by token what it decodes to, and whether that is `WHOLE`, `PART` or `NO_WORD`."""
     special = set(tokenizer.all_special_ids)
     for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))])):
         if token in special:
-            out[token] = NO_WORD
-        elif "\N{REPLACEMENT CHARACTER}" not in text:
-            spelt = text.strip().lower()
-            out[token] = first.setdefault(spelt, token) if any(map(_of_a_word, spelt)) else NO_WORD
+            yield text, NO_WORD
+        elif "\N{REPLACEMENT CHARACTER}" in text:
+            yield text, PART
+        else:
+            yield text, WHOLE if any(map(_of_a_word, text.lower())) else NO_WORD
+
+
+def spelling(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """By token `WHOLE`, `PART` of a character, or `NO_WORD`: `[size]`."""
+    out = torch.full((size,), WHOLE, dtype=torch.int8)
+    for token, (_, kind) in enumerate(_spelt(tokenizer, size)):
+        out[token] = kind
     return out
 
 
@@ -85,23 +106,30 @@ class Words(nn.Module):
     """Log-probabilities from the distinct n-grams so far that are known, at most `count`, each weighted by its inverse document
     frequency, together a vector of length 1. What stands in every prompt weighs nothing; so that a prompt there does not take
     the weight of its words in a request, nothing counts that ends in the `opening` tokens. `share` is theirs in what is
-    decided: none before they were fitted. With a `vocabulary`, tokens are read as `fold` says.
+    decided: none before they were fitted. Where they are `weighed`, `share` is theirs in a text of whole characters,
+    `share_of_parts` in one that is spelt in parts of characters.
 
     Args:
         count: of n-grams, at most.
-        vocabulary: how many tokens the base has, or 0: each stands for itself.
+        vocabulary: how many tokens the base has.
+        folded: whether tokens are read as `fold` says; each stands for itself otherwise.
+        weighed: whether what the words say counts by how the text is spelt.
     """
 
     fold: Tensor | None
+    kind: Tensor | None
     known: Tensor
     idf: Tensor
     table: Tensor
     bias: Tensor
     share: Tensor
+    share_of_parts: Tensor | None
 
-    def __init__(self, count: int, vocabulary: int = 0):
+    def __init__(self, count: int, vocabulary: int = 0, *, folded: bool = False, weighed: bool = False):
         super().__init__()
-        self.register_buffer("fold", torch.arange(vocabulary, dtype=torch.int32) if vocabulary else None)
+        self.register_buffer("fold", torch.arange(vocabulary, dtype=torch.int32) if folded else None)
+        self.register_buffer("kind", torch.full((vocabulary,), WHOLE, dtype=torch.int8) if weighed else None)
+        self.register_buffer("share_of_parts", torch.tensor(0.0) if weighed else None)
         self.register_buffer("known", torch.full((count,), _NONE))  # sorted
         self.register_buffer("idf", torch.zeros(count))
         self.register_buffer("table", torch.zeros(count, len(LABELS)))
@@ -110,10 +138,21 @@ class Words(nn.Module):
         self.opening = 0
 
     @torch.no_grad()
-    def learn_to_fold(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes what `folded` says of a tokenizer; before anything is measured."""
+    def learn_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes what `folded` and `spelling` say of a tokenizer; before anything is measured."""
         if self.fold is not None:
             self.fold.copy_(folded(tokenizer, len(self.fold)))
+        if self.kind is not None:
+            self.kind.copy_(spelling(tokenizer, len(self.kind)))
+
+    def shares(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The words' share in what is decided at every token, by how the text up to it is spelt: `[B, T], [B, T] -> [B, T]`."""
+        if self.kind is None or self.share_of_parts is None:
+            return self.share.expand(tokens.shape)
+        kind = self.kind[tokens]
+        counted = (kind != NO_WORD) & mask.bool() & (mask.cumsum(1) > self.opening)
+        parts = (counted & (kind == PART)).cumsum(1) / counted.cumsum(1).clamp(min=1)
+        return self.share + (self.share_of_parts - self.share) * parts
 
     def read(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`grams`, of folded tokens where they are: no n-gram goes across what is no word."""
@@ -136,7 +175,8 @@ class Words(nn.Module):
     def pooled(self, logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The logarithmic opinion pool (Genest and Zidek 1986, doi:10.1214/ss/1177013825) of a classifier of the same prompts
         and the words: `[B, T, 3], [B, T], [B, T] -> [B, T, 3]`. What is not finite in a row stays so."""
-        return (1 - self.share) * logits.log_softmax(-1) + self.share * self(tokens, mask)
+        share = self.shares(tokens, mask)[..., None]
+        return (1 - share) * logits.log_softmax(-1) + share * self(tokens, mask)
 
     @torch.no_grad()
     def measure(self, prompts: Iterable[tuple[Tensor, Tensor]]) -> csr_matrix:
@@ -165,4 +205,8 @@ class Words(nn.Module):
         """A linear map of such vectors, `[3, count]` and `[3]`; from now on the words have their share."""
         self.table.copy_(weights.T)
         self.bias.copy_(bias)
-        self.share.fill_(SHARE)
+        if self.share_of_parts is None:
+            self.share.fill_(SHARE)
+        else:
+            for share, told in zip((self.share, self.share_of_parts), SHARES_BY_SPELLING, strict=True):
+                share.fill_(told)

@@ -10,6 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from so8t.data.store import PrefixStore
+from so8t.errors import DataError
 from so8t.evaluation import frozen_features
 from so8t.lightning_module import SO8TModule
 from so8t.model import SO8TModel, at_position
@@ -42,6 +43,38 @@ def test_before_the_first_step_the_head_is_the_logistic_regression(prepared, wei
     expected = wanted.predict_proba(features.numpy())
     assert np.ptp(expected[:, 0]) > 0.2, "it tells rows apart"
     assert logits.softmax(-1).numpy() == pytest.approx(expected, abs=5e-3)
+
+
+def lengths(data) -> list[int]:
+    """Tokens of every training row's request."""
+    spans = [data.template.encode(r.user_request, r.context).span for r in data.train]
+    return [end - begin for begin, end in spans]
+
+
+def test_rows_longer_than_the_longest_teach_the_words_alone(prepared):
+    _, data, _ = prepared("cache.max_gib=0")
+    longest = sorted(lengths(data))[len(data.train) // 2]
+    many = ("head.words=4096", f"head.longest={longest}", "trainer.limit_train_batches=0.5")
+    module, data, _ = prepared(*many, "loss.class_weights=balanced")
+    short = copy.copy(data)
+    short.train = [record for record, length in zip(data.train, lengths(data), strict=True) if length <= longest]
+    assert len(data.train) / 3 < len(short.train) < len(data.train)
+    assert len(module.cache.store) == len(short.train) + 1, "no more was read, but how every prompt opens"
+    words = module.model.head.words
+    module.model.head.words = None
+    features, logits, labels = read(module, short)
+    assert features.mean(0).abs().max() < 1e-3, "standardised over those"
+    weights = module.class_weights[labels].numpy()  # of all rows
+    wanted = LogisticRegression(C=C, max_iter=2000).fit(features.numpy(), labels.numpy(), sample_weight=weights)
+    assert logits.softmax(-1).numpy() == pytest.approx(wanted.predict_proba(features.numpy()), abs=5e-3)
+    everything, *_ = prepared("head.words=4096", "loss.class_weights=balanced")
+    assert torch.equal(words.known, everything.model.head.words.known)
+    assert torch.allclose(words.table, everything.model.head.words.table, atol=1e-5)
+
+
+def test_a_run_none_of_whose_rows_is_short_enough_says_so(prepared):
+    with pytest.raises(DataError, match=r"head\.longest=1: every training row is longer"):
+        prepared("head.longest=1")
 
 
 def test_features_have_mean_0_and_deviation_1_over_the_training_rows(prepared):

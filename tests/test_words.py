@@ -20,7 +20,7 @@ from so8t.export import export_hf
 from so8t.gates import GateSpec
 from so8t.model import HeadSpec, at_position
 from so8t.streaming import stream
-from so8t.words import LONGEST, NO_WORD, SHARE, STRENGTH, Words, grams
+from so8t.words import LONGEST, NO_WORD, PART, SHARE, SHARES_BY_SPELLING, STRENGTH, WHOLE, Words, grams
 from tests.fixtures import TINY
 from tests.test_export import LARGE, REQUESTS, check_decisions, forget, make_agent
 
@@ -31,7 +31,7 @@ few = st.lists(st.integers(0, 4), min_size=1, max_size=40)  # so that n-grams co
 def told(count: int = 97, *, folded: bool = False) -> Words:
     """Words that know n-grams of small numbers, and say something about each; `folded`, with some that are no words."""
     draw = torch.Generator().manual_seed(0)
-    words, prompts = Words(count, 50_001 if folded else 0), torch.randint(0, 260, (50, 12), generator=draw) % 5
+    words, prompts = Words(count, 50_001, folded=folded), torch.randint(0, 260, (50, 12), generator=draw) % 5
     if folded:
         words.fold[[0, 1, 2, 3]] = torch.tensor([NO_WORD, 1, 1, 3], dtype=torch.int32)
     words.measure([(prompts, torch.ones_like(prompts))])
@@ -140,8 +140,8 @@ ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_siz
 @settings(max_examples=60, deadline=None)
 @given(text=ascii_text)
 def test_folded_words_are_read_without_upper_case_spaces_and_punctuation(tiny_tokenizer, text):
-    words = Words(8, len(tiny_tokenizer))
-    words.learn_to_fold(tiny_tokenizer)
+    words = Words(8, len(tiny_tokenizer), folded=True)
+    words.learn_tokens(tiny_tokenizer)
     found, new = words.read(*row(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]))
     letter = {c: int(tiny_tokenizer(c, add_special_tokens=False)["input_ids"][0]) for c in string.printable}
     first = {c: min(letter[c], letter[c.upper()]) for c in string.ascii_lowercase + string.digits}
@@ -158,8 +158,8 @@ def test_folded_words_are_read_without_upper_case_spaces_and_punctuation(tiny_to
 
 def test_the_real_base_s_tokens_fold_to_one_word_however_it_is_typed(real_base):
     tokenizer = real_base.tokenizer
-    words = Words(8, len(tokenizer))
-    words.learn_to_fold(tokenizer)
+    words = Words(8, len(tokenizer), folded=True)
+    words.learn_tokens(tokenizer)
 
     def read(text):
         found, new = words.read(*row(tokenizer(text, add_special_tokens=False)["input_ids"]))
@@ -178,12 +178,60 @@ def test_the_real_base_s_tokens_fold_to_one_word_however_it_is_typed(real_base):
     assert {(part + 1) * LONGEST for part in parts} <= read("鬱"), "which stand for themselves"
 
 
+def told_of_kinds() -> Words:
+    """Words of a vocabulary of which 0 is no word, 1 and 2 are whole, 3 and 4 parts of characters."""
+    words = Words(8, 5, weighed=True)
+    words.kind.copy_(torch.tensor([NO_WORD, WHOLE, WHOLE, PART, PART]))
+    words.share.fill_(0.4)
+    words.share_of_parts.fill_(0.9)
+    words.opening = 2
+    return words
+
+
+@given(tokens=few)
+def test_the_words_count_by_how_much_of_the_text_so_far_is_spelt_in_parts_of_characters(tokens):
+    words = told_of_kinds()
+    shares = words.shares(*row(tokens))[0]
+    for end in range(1, len(tokens) + 1):
+        spelt = [token for token in tokens[2:end] if token]
+        of_parts = sum(token >= 3 for token in spelt) / max(1, len(spelt))
+        assert float(shares[end - 1]) == pytest.approx(0.4 + 0.5 * of_parts)
+
+
+def test_padding_does_not_change_what_the_words_count():
+    words, tokens = told_of_kinds(), torch.tensor([[1, 2, 3, 1, 4]])
+    padded = torch.tensor([[3, 3, 1, 2, 3, 1, 4]]), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    assert torch.equal(words.shares(*padded)[:, 2:], words.shares(tokens, torch.ones_like(tokens)))
+
+
+def test_the_real_base_spells_japanese_in_parts_and_english_not(real_base):
+    words = Words(8, len(real_base.tokenizer), weighed=True)
+    words.learn_tokens(real_base.tokenizer)
+    words.begin_with(torch.zeros(3, 8), torch.zeros(3))
+
+    def share(text):
+        return float(words.shares(*row(real_base.tokenizer(text, add_special_tokens=False)["input_ids"]))[0, -1])
+
+    assert share("How do I bake bread, please?") == pytest.approx(SHARES_BY_SPELLING[0])
+    assert share("薬の量を倍にしても大丈夫ですか") > 0.75
+    assert SHARES_BY_SPELLING[0] < share("Translate 薬の量 into English for my doctor, please") < 0.75
+
+
+def test_an_adapter_from_before_words_were_weighed_counts_them_as_it_did(tmp_path):
+    make_agent(tmp_path, TINY, GateSpec(**LARGE), HeadSpec(words=64))
+    forget(tmp_path, "weigh_words")
+    words = load_agent(tmp_path).model.head.words
+    words.begin_with(torch.zeros(3, 64), torch.zeros(3))
+    assert torch.equal(words.shares(*row([200, 201, 202])), torch.full((1, 3), SHARE))
+
+
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_decision_is_half_the_probes_and_half_the_words_own_regression(prepared):
-    module, data, _ = prepared("head.words=4096", "loss.class_weights=balanced")
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_decision_is_the_probes_and_the_words_own_regression_by_their_shares(prepared, weighed):
+    module, data, _ = prepared("head.words=4096", "loss.class_weights=balanced", f"head.weigh_words={weighed}")
     without, *_ = prepared()
     words = module.model.head.words
     batches = data.sample(10**6, batch_size=16)
@@ -195,7 +243,8 @@ def test_a_decision_is_half_the_probes_and_half_the_words_own_regression(prepare
     for batch in batches:
         ours, states = (at_position(m(batch).logits, batch.position) for m in (module, without))
         theirs = at_position(words(batch.tokens, batch.mask), batch.position)
-        assert torch.allclose(ours, (1 - SHARE) * states.log_softmax(-1) + SHARE * theirs, atol=1e-5)
+        share = SHARES_BY_SPELLING[0] if weighed else SHARE  # these rows are English
+        assert torch.allclose(ours, (1 - share) * states.log_softmax(-1) + share * theirs, atol=1e-5)
 
 
 def test_gates_and_head_learn_the_same_with_words_or_without(prepared):
@@ -214,7 +263,8 @@ def test_gates_and_head_learn_the_same_with_words_or_without(prepared):
 def test_an_agent_keeps_its_words(tiny_run):
     _, run = tiny_run("head.words=512", "evaluate=false", "trainer.max_epochs=1")
     agent = load_agent(run)
-    assert float(agent.model.head.words.share) == SHARE
+    words = agent.model.head.words
+    assert (float(words.share), float(words.share_of_parts)) == pytest.approx(SHARES_BY_SPELLING)
     assert agent.model.head.words.table.abs().sum() > 0
     path = run / "adapter" / "adapter.json"
     meta = json.loads(path.read_text())
@@ -224,11 +274,11 @@ def test_an_agent_keeps_its_words(tiny_run):
         load_agent(run)
 
 
-@pytest.mark.parametrize("fold", [False, True])
-def test_an_export_reads_the_same_words(tmp_path, fold):
-    agent = make_agent(tmp_path / "run", TINY, GateSpec(**LARGE), HeadSpec(words=300, fold_words=fold))
+@pytest.mark.parametrize(("fold", "weigh"), [(False, False), (True, False), (True, True)])
+def test_an_export_reads_the_same_words(tmp_path, fold, weigh):
+    agent = make_agent(tmp_path / "run", TINY, GateSpec(**LARGE), HeadSpec(words=300, fold_words=fold, weigh_words=weigh))
     words = agent.model.head.words
-    words.learn_to_fold(agent.model.base.tokenizer)
+    words.learn_tokens(agent.model.base.tokenizer)
     told = [torch.tensor([agent.template.encode(request).tokens]) for request in (*REQUESTS, *REQUESTS, "bake a cake")]
     words.measure([(tokens, torch.ones_like(tokens)) for tokens in told])
     words.begin_with(torch.randn(3, 300), torch.randn(3))
@@ -237,7 +287,7 @@ def test_an_export_reads_the_same_words(tmp_path, fold):
     assert {int(number) % LONGEST for number in words.known[words.idf > 0]} == {0, 1, 2}, "of every length"
     export_hf(agent, tmp_path / "hf")
     check_decisions(agent, tmp_path / "hf")
-    check_decisions(agent, tmp_path / "hf", ("ÿ", "zzz qqq"))
+    check_decisions(agent, tmp_path / "hf", ("ÿ", "zzz qqq", "パンを焼く bake a cake"))
 
 
 def test_an_adapter_from_before_words_were_folded_reads_them_as_it_did(tmp_path):

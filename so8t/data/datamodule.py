@@ -162,6 +162,14 @@ class RecordDataset(Dataset[Batch]):
         return task_batch(encoded, self._pad)
 
 
+def no_longer(records: Sequence[Record], template: Template, most: int | None) -> list[Record]:
+    """The records whose request has at most that many tokens; `None`: all."""
+    if most is None:
+        return list(records)
+    spans = (template.encode(record.user_request, record.context).span for record in records)
+    return [record for record, (begin, end) in zip(records, spans, strict=True) if end - begin <= most]
+
+
 def task_batch(encoded: Sequence[EncodedTarget], pad: int) -> TaskBatch:
     """Right-padded sequences, whose targets are the text behind the prompt and the end of the turn."""
     tokens, mask = pad_rows([e.tokens for e in encoded], pad)
