@@ -45,6 +45,7 @@ def test_it_begins_with_the_gates_and_the_head_of_the_run_bit_for_bit(tuned, fin
         ("gate.top_layers=1", r"gate\.top_layers=2: set the same"),
         ("head.pooling=token", r"head\.pooling=both: set the same"),
         ("head.fold_words=false", r"head\.fold_words=True: set the same"),
+        ("head.weigh_words=true", r"head\.weigh_words=False: set the same"),
         ("data.decision_prompt=Judge", r'data\.decision_prompt="": set the same'),
         ("base.seed=1", "trained on another tiny"),
         ("base.hidden_size=128", "trained on another tiny"),
