@@ -38,9 +38,9 @@ REPEATS = 15
 STEPS = 5
 
 
-def median_seconds(run: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+def median_seconds(run: Callable[[], object], device: torch.device) -> float:
     clock(run, device)
-    return statistics.median(clock(run, device) for _ in range(repeats))
+    return statistics.median(clock(run, device) for _ in range(REPEATS))
 
 
 def rotation_times(device: torch.device) -> list[dict]:

@@ -58,6 +58,11 @@ DIGITS = 6
 """Of a probability in a file."""
 
 
+def told_perplexity(gated: float, alone: float) -> str:
+    """What the gates cost the base in language, in words."""
+    return f"perplexity {gated:.1f} a token of answers behind all gates, {alone:.1f} of the base alone"
+
+
 @dataclass
 class Predictions:
     """One row per record, in the records' order: `probabilities` `[N, 3]`, the others `[N]`. `stream` is what was decided

@@ -8,7 +8,7 @@ from functools import partial
 
 from so8t.calibration_panel import calibration_panel, under_policy
 from so8t.curves import OperatingPoint, operating_point, reliability, risk_coverage, trade_off
-from so8t.evaluation import ALONG, GROUPED, SCORED, SHOWN
+from so8t.evaluation import ALONG, GROUPED, SCORED, SHOWN, told_perplexity
 from so8t.grouped_panel import grouped_panel
 from so8t.intervals import ENOUGH, number
 from so8t.labels import LABELS, Label
@@ -178,7 +178,7 @@ def _metrics(run: RunFolder) -> Panel:
         about = f"{title}: {counted['rows']} rows, {counted['failures']} failures (not counted), {counted['unsure']} unsure"
         gated, alone = (scores.metrics.get(key) for key in ("task_perplexity", "task_perplexity_base"))
         if gated and alone:
-            about += f"; perplexity {gated:.1f} a token of answers behind all gates, {alone:.1f} of the base alone"
+            about += f"; {told_perplexity(gated, alone)}"
         panel.tables.append(Table(about, ["classifier", *heads], rows))
         for kind, groups in (("source", scores.by_source), ("language", scores.by_language), ("form", scores.by_form)):
             names = list(next(iter(groups.values()), {}))

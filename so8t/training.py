@@ -35,7 +35,7 @@ from so8t.data.datamodule import SafetyData, no_longer
 from so8t.data.records import Record
 from so8t.data.store import PrefixStore
 from so8t.errors import ArtefactError, ConfigError, HardwareError
-from so8t.evaluation import evaluate, fill_cache, frozen_features, predict, print_evaluation, write_predictions
+from so8t.evaluation import evaluate, fill_cache, frozen_features, predict, print_evaluation, told_perplexity, write_predictions
 from so8t.files import write_json, write_text
 from so8t.fused import fused_rotations
 from so8t.intervals import conformal_quantile
@@ -352,8 +352,7 @@ def evaluate_run(
         result = evaluate(title, records, predictions, baselines, features(records, title))
         print_evaluation(result, console)
         if perplexity := task_perplexity(model, records, template, batch_size=batch_size):
-            gated, alone = perplexity.values()
-            console.print(f"{title}: perplexity {gated:.1f} a token of answers behind all gates, {alone:.1f} of the base alone")
+            console.print(f"{title}: {told_perplexity(*perplexity.values())}")
             result.overall["SO8T"] |= perplexity
         write_json(run / f"{part}.json", result.as_json())
         mistakes = {i: request_tokens(agent, records[i], prefix=cache.prefix) for i in predictions.worst(records)}

@@ -7,7 +7,7 @@ text is spelt: a base that has no token for a language's characters knows little
 """
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -47,13 +47,13 @@ def _of_a_word(character: str) -> bool:
     return character.isalnum() or unicodedata.category(character).startswith("M")
 
 
-def folded(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+def folded(spelt: Sequence[tuple[str, int]], size: int) -> Tensor:
     """By token, the first one that spells the same but for upper case and spaces around it, or `NO_WORD` where it has no
     letter, digit or mark on one: `[size]`. How a request is typed is a matter of style, which differs from source to source. A
     part of a character stands for itself; signs inside a token of letters, as in "'s", stay."""
     first: dict[str, int] = {}
     out = torch.arange(size, dtype=torch.int32)
-    for token, (text, kind) in enumerate(_spelt(tokenizer, size)):
+    for token, (text, kind) in enumerate(spelt):
         out[token] = NO_WORD if kind == NO_WORD else token if kind == PART else first.setdefault(text.strip().lower(), token)
     return out
 
@@ -70,10 +70,10 @@ def _spelt(tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[tuple[str,
             yield text, WHOLE if any(map(_of_a_word, text.lower())) else NO_WORD
 
 
-def spelling(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
-    """By token `WHOLE`, `PART` of a character, or `NO_WORD`: `[size]`."""
+def spelling(spelt: Sequence[tuple[str, int]], size: int) -> Tensor:
+    """By token of those `spelt`, `WHOLE`, `PART` of a character, or `NO_WORD`: `[size]`."""
     out = torch.full((size,), WHOLE, dtype=torch.int8)
-    for token, (_, kind) in enumerate(_spelt(tokenizer, size)):
+    for token, (_, kind) in enumerate(spelt):
         out[token] = kind
     return out
 
@@ -127,6 +127,7 @@ class Words(nn.Module):
 
     def __init__(self, count: int, vocabulary: int = 0, *, folded: bool = False, weighed: bool = False):
         super().__init__()
+        self.vocabulary = vocabulary
         self.register_buffer("fold", torch.arange(vocabulary, dtype=torch.int32) if folded else None)
         self.register_buffer("kind", torch.full((vocabulary,), WHOLE, dtype=torch.int8) if weighed else None)
         self.register_buffer("share_of_parts", torch.tensor(0.0) if weighed else None)
@@ -140,10 +141,10 @@ class Words(nn.Module):
     @torch.no_grad()
     def learn_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Takes what `folded` and `spelling` say of a tokenizer; before anything is measured."""
-        if self.fold is not None:
-            self.fold.copy_(folded(tokenizer, len(self.fold)))
-        if self.kind is not None:
-            self.kind.copy_(spelling(tokenizer, len(self.kind)))
+        spelt = list(_spelt(tokenizer, self.vocabulary))
+        for buffer, read in ((self.fold, folded), (self.kind, spelling)):
+            if buffer is not None:
+                buffer.copy_(read(spelt, self.vocabulary))
 
     def shares(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The words' share in what is decided at every token, by how the text up to it is spelt: `[B, T], [B, T] -> [B, T]`."""
